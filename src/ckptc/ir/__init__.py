@@ -1,0 +1,1 @@
+"""The typed graph between mappings and plans, and its verifier."""

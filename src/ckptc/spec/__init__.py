@@ -1,0 +1,1 @@
+"""Mappings: YAML with positions, checked against the schema, as typed records whose strings are still templates."""

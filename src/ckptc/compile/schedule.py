@@ -1,0 +1,120 @@
+"""schedule: how each array is stored and in which units it is made, so that memory is a number and not luck.
+
+Before: an array [embed=4096, layer=32, mlp=14336] of parts. After: unit [4096, 1, 1024], chunk [256, 1, 1024]: one unit is a slab of whole rows
+of one source tensor, read in one piece and written as 16 whole chunks, one per shard.
+
+The rule: grow the unit along the target's axes in the order in which the source stores them, fastest first and stacked tensors last, until
+the budget is reached. So a unit reads contiguous bytes, each byte of the source is read by one unit, and chunks never straddle units.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+from ckptc.ops.nest import Part, restrict_part
+from ckptc.ops.types import itemsize
+from ckptc.plan.model import Array
+from ckptc.plan.reads import plan_read, tensors_of
+
+UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
+UNIT_MOST = 64 << 20  # and at most this many bytes: larger reads gain nothing
+
+
+def shard_counts(shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
+    """Shards along each axis: all on the first axis they divide, else the second, else none. This is MaxText's choice."""
+    for axis in range(min(2, len(shape))):
+        if shape[axis] % shards == 0:
+            return tuple(shards if i == axis else 1 for i in range(len(shape)))
+    return (1,) * len(shape)
+
+
+def unit_budget(memory: int) -> int:
+    """Bytes of buffers that one unit may use under a memory budget."""
+    return min(memory // UNIT_SHARE, UNIT_MOST)
+
+
+def choose(
+    shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], element_cost: int, budget: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The chunk and the unit of an array. `element_cost` is bytes of buffers per element of a unit, `budget` bytes per unit."""
+    limit = max(1, budget // element_cost)  # elements
+    unit, chunk = [1] * len(shape), [1] * len(shape)
+    for axis in _fastest_first(shape, parts):
+        size, room = shape[axis], limit // prod(unit)
+        share = size // shards[axis]
+        if room >= size:
+            unit[axis], chunk[axis] = size, share
+        else:
+            # Cut where chunks stay equal: within a shard.
+            unit[axis] = chunk[axis] = _portion(share, room)
+    return tuple(chunk), tuple(unit)
+
+
+def _portion(size: int, room: int) -> int:
+    """How much of an axis fits in `room`: its largest divisor that does, unless that wastes most of the room."""
+    if size <= room:
+        return size
+    room = max(1, room)
+    best = next(size // k for k in range(-(-size // room), size + 1) if size % k == 0)
+    even = -(-size // -(-size // room))  # nearly equal portions, the last one smaller
+    return best if best * 2 > even else even
+
+
+def _fastest_first(shape: tuple[int, ...], parts: tuple[Part, ...]) -> list[int]:
+    """The axes in the order in which the largest part's source stores them."""
+    main = _main(parts)
+    if main is None:
+        return list(reversed(range(len(shape))))
+
+    def order(axis: int) -> tuple[int, int]:
+        factors = main.axes[axis].factors
+        stacked = [f.tensor for f in factors if f.tensor]
+        return (1, max(stacked)) if stacked else (0, min((f.step for f in factors if f.step), default=0))
+
+    return sorted(range(len(shape)), key=order)
+
+
+def read_ratio(parts: tuple[Part, ...]) -> float:
+    """Elements read for each element needed, in the largest part: above 1 where a run is read with gaps."""
+    main = _main(parts)
+    return plan_read(main).size * len(tensors_of(main)) / main.size if main else 0.0
+
+
+def account(array: Array) -> tuple[int, int]:
+    """Bytes the array's units read in total, and bytes of buffers the largest of them uses (what it reads, and what it makes)."""
+    read, peak = 0, 0
+    axes, times = _repeated(array)
+    ranges = [range(0, 1) if a in axes else range(0, n, u) for a, (n, u) in enumerate(zip(array.shape, array.unit, strict=True))]
+    for corner in product(*ranges):
+        box = tuple((c, min(c + u, n)) for c, u, n in zip(corner, array.unit, array.shape, strict=True))
+        inside = [p for part in array.parts for p in restrict_part(part, box)]
+        bytes_read = sum(_part_bytes(p, array) for p in inside if p.source is not None)
+        read += bytes_read * times
+        peak = max(peak, bytes_read + prod(high - low for low, high in box) * itemsize(array.dtype))
+    return read, peak
+
+
+def _part_bytes(part: Part, array: Array) -> int:
+    assert part.source is not None
+    return plan_read(part).size * len(tensors_of(part)) * itemsize(array.sources[part.source].dtype)
+
+
+def _repeated(array: Array) -> tuple[set[int], int]:
+    """Axes along which every unit reads alike (stacked tensors), and how many units that makes of one."""
+    axes, times = set(), 1
+    for axis, (n, u) in enumerate(zip(array.shape, array.unit, strict=True)):
+        alike = all(_stacked(p, axis, n) for p in array.parts)
+        if alike and n % u == 0:
+            axes.add(axis)
+            times *= n // u
+    return axes, times
+
+
+def _stacked(part: Part, axis: int, size: int) -> bool:
+    factors = part.axes[axis].factors
+    return part.axes[axis].start == 0 and len(factors) == 1 and factors[0].size == size and factors[0].step == 0
+
+
+def _main(parts: tuple[Part, ...]) -> Part | None:
+    return max((p for p in parts if p.source is not None), key=lambda p: p.size, default=None)

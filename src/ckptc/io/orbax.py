@@ -1,0 +1,432 @@
+"""An Orbax checkpoint, written at the level of its files.
+
+    <directory>/                     becomes <out>/0 by `commit`
+      _CHECKPOINT_METADATA           JSON: which handler reads `items`, times, custom metadata
+      commit_success.txt
+      items/
+        _METADATA                    JSON: the tree's leaves and their types
+        _sharding                    JSON: the sharding of each array, names in base64
+        array_metadatas/process_0    JSON: shard and chunk shape of each array
+        commit_success.txt
+        manifest.ocdbt, d/<nodes>    OCDBT: every chunk of every process, by reference
+        ocdbt.process_K/             OCDBT: what process K wrote
+          manifest.ocdbt, d/<data>, d/<nodes>
+
+Each process appends its chunks to one data file through an `ItemsWriter`, in any order and from any thread; a
+chunk is then known by its key, offset and length. `close` writes the process's index. `finish` reads the
+indexes of all processes back through TensorStore, proves that they hold every chunk exactly once, and writes
+the index over all of them and the metadata. `commit` makes the directory durable and names it.
+
+Memory: 10 bytes for each chunk of the checkpoint, and the nodes of one index.
+File names, JSON fields and their values are what orbax-checkpoint 0.12.8 writes for MaxText's train state.
+"""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import itertools
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptc.diagnostics import fail
+from ckptc.io import ocdbt, zarr3
+
+# Orbax lets nodes grow to 100 MB, and reads with a cache of 100 MB for all of them: a node near that size is
+# evicted and decoded again and again (650,000 keys, 200 random reads: 27 s; with nodes of 1 MiB, 0.05 s).
+NODE_BYTES = 1 << 20
+
+AXIS = "checkpoint_sharding_axis"  # the mesh axis that MaxText's converter shards along
+_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+_DICT_KEY = 2  # Orbax's KeyType.DICT
+_FREE, _BUSY = -1, -2  # instead of the offset of a chunk that is not written, or is being written
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array of the checkpoint."""
+
+    path: tuple[
+        str, ...
+    ]  # keys of the nested dicts: ("params", "params", "decoder", "decoder_norm", "scale")
+    shape: tuple[int, ...]
+    dtype: str  # as numpy and ml_dtypes spell it: bfloat16, float32, int32, float8_e4m3fn, …
+    chunk: tuple[int, ...]  # elements of a storage chunk; chunks at the edge are stored whole
+    partition: tuple[int, ...]  # shards along each axis, for the metadata: at most one axis has more than 1
+
+    @property
+    def name(self) -> str:
+        """Orbax's name of the array: its path joined with dots."""
+        return ".".join(self.path)
+
+    @property
+    def shard(self) -> tuple[int, ...]:
+        """The shape of one shard, "write_shape" in Orbax's words."""
+        return zarr3.grid(self.shape, self.partition)
+
+
+class Entry(NamedTuple):
+    """A chunk in the data file of its process: what a journal records."""
+
+    key: str  # "<array name>/c/<index>/…"
+    offset: int  # bytes from the start of the file
+    length: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WriterState:
+    """What an `ItemsWriter` has written. A new writer that is given it goes on from there."""
+
+    file: str  # the data file's name, 32 hex digits
+    entries: tuple[Entry, ...]
+
+
+class ItemsWriter:
+    """One process's part of `<directory>/items`: a data file that grows chunk by chunk, and its index.
+
+    `directory` is the unfinished checkpoint, what `commit` will rename. Without `resume`, what this process
+    left there before is deleted; with it, the data file is cut back to the end of the last recorded chunk.
+
+    Raises:
+        ValueError: arrays that zarr or the tree cannot hold.
+        RuntimeError: `resume` records chunks that the arrays or the data file do not have.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        arrays: Sequence[ArraySpec],
+        *,
+        process: int = 0,
+        resume: WriterState | None = None,
+    ) -> None:
+        self._chunks = _Chunks(arrays)
+        self._root = directory / "items" / f"ocdbt.process_{process}"
+        self._lock = threading.Lock()
+        self._closed = False
+        self._end = 0  # of the data file, bytes
+        for entry in resume.entries if resume else ():
+            self._chunks.add(entry, 0)
+            self._end = max(self._end, entry.offset + entry.length)
+        if resume is None:
+            shutil.rmtree(self._root, ignore_errors=True)
+        self.file = resume.file if resume else secrets.token_hex(16)
+        (self._root / "d").mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self._root / "d" / self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        size = os.fstat(self._fd).st_size
+        if size < self._end:
+            os.close(self._fd)
+            raise RuntimeError(f"{self.file} has {size} bytes, the chunks recorded in it end at {self._end}")
+        os.ftruncate(self._fd, self._end)
+
+    def write_chunk(self, array: int, index: tuple[int, ...], data: memoryview | npt.NDArray[Any]) -> Entry:
+        """Append a chunk, from any thread, and say where it is.
+
+        `array`: position in `arrays`; `index`: position in the array's grid; `data`: what
+        `zarr3.Array.data` takes, written from where it is.
+
+        Raises:
+            ValueError: data of another size or type, or an index outside the grid.
+            RuntimeError: the chunk is written already, or the writer is closed.
+        """
+        a, offsets = self._chunks.arrays[array], self._chunks.offsets[array]
+        cell, view = a.cell(index), a.data(index, data)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the writer is closed")
+            if offsets[cell] != _FREE:
+                raise RuntimeError(f"{a.key(index)} is written already")
+            offsets[cell] = _BUSY
+            offset, self._end = self._end, self._end + a.chunk_bytes
+        try:
+            at = offset
+            while view.nbytes:  # the system writes at most 2 GiB at a time
+                written = os.pwrite(self._fd, view, at)
+                view, at = view[written:], at + written
+        except BaseException:
+            offsets[cell] = _FREE
+            raise
+        offsets[cell] = offset
+        return Entry(a.key(index), offset, a.chunk_bytes)
+
+    def sync(self) -> None:
+        """Make the chunks written so far durable: to be done before a journal records them."""
+        os.fdatasync(self._fd)
+
+    def entries(self) -> Iterator[Entry]:
+        """The chunks written so far, array by array, cell by cell."""
+        for a, key, offset in self._chunks.written():
+            if offset >= 0:
+                yield Entry(key, offset, a.chunk_bytes)
+
+    def state(self) -> WriterState:
+        """What a new writer needs to go on where this one is."""
+        return WriterState(self.file, tuple(self.entries()))
+
+    def close(self) -> None:
+        """Make the data durable and write the index. A process that wrote no chunk leaves nothing behind."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        os.fsync(self._fd)
+        os.close(self._fd)
+        if not self._end:
+            shutil.rmtree(self._root)
+            return
+        for stale in (self._root / "d").iterdir():  # an index that an interrupted `close` left
+            if stale.name != self.file:
+                stale.unlink()
+        self._chunks.files.append(ocdbt.DataFile(b"", f"d/{self.file}".encode()))
+        _write_database(self._root, self._chunks.database())
+
+
+def finish(
+    directory: Path,
+    arrays: Sequence[ArraySpec],
+    *,
+    custom_metadata: Mapping[str, Any],
+    step: int = 0,
+    processes: int = 1,
+    final: Path | None = None,
+    sharding_devices: int = 1,
+    started: int | None = None,
+) -> None:
+    """Join what `processes` closed writers left in `directory` into one checkpoint, all but its name.
+
+    `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory that the commit markers
+    name, by default `directory`. `started`: when the conversion began, nanoseconds since the Unix epoch.
+    `sharding_devices`: see `sharding_metadata`. May be called again after it failed or was interrupted.
+
+    Raises:
+        RuntimeError: a chunk is missing, is there twice, or is not what `arrays` says.
+    """
+    chunks, items = _Chunks(arrays), directory / "items"
+    expected = [f"ocdbt.process_{k}" for k in range(processes)]
+    for path in sorted(items.glob("ocdbt.process_*")):
+        if path.name not in expected:
+            raise RuntimeError(f"{path.name} is there, but only {processes} processes took part")
+        _collect(path, chunks)
+    missing = [key for _, key, offset in chunks.written() if offset < 0]
+    if missing:
+        raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
+
+    scalar = [  # the leaf `step`, which Orbax stores as an int64 without axes
+        ocdbt.Entry(b"step/c", step.to_bytes(8, "little", signed=True)),
+        ocdbt.Entry(b"step/zarr.json", zarr3.array_metadata((), "int64", ())),
+    ]
+    shutil.rmtree(items / "d", ignore_errors=True)
+    _write_database(items, heapq.merge(chunks.database(), scalar, key=lambda e: e.key))
+
+    now = time.time_ns()
+    checkpoint = {
+        "item_handlers": {"items": _HANDLER},
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": now if started is None else started,
+        "commit_timestamp_nsecs": now,
+        "custom_metadata": dict(custom_metadata),
+    }
+    final = final or directory
+    texts = {
+        "items/_METADATA": json.dumps(tree_metadata(arrays)),
+        "items/_sharding": json.dumps(sharding_metadata(arrays, sharding_devices), separators=(",", ":")),
+        "items/array_metadatas/process_0": json.dumps(array_metadatas(arrays)),
+        "items/commit_success.txt": f"Checkpoint commit was successful to {final / 'items'}",
+        "_CHECKPOINT_METADATA": json.dumps(checkpoint),
+        "commit_success.txt": f"Checkpoint commit was successful to {final}",
+    }
+    for name, text in texts.items():
+        _write(directory / name, text.encode())
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Make everything in `partial` durable, then give it its final name: after a crash, all is there or none.
+
+    Raises:
+        InputError: `output-exists`: there is something at `final`.
+    """
+    if final.exists():
+        raise fail("output-exists", f"the output `{final}` exists", help="choose another one, or remove it")
+    for folder, _, names in os.walk(partial, topdown=False):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(partial, final)
+    _sync(final.parent)
+    _sync(partial.parent)
+
+
+def tree_metadata(arrays: Sequence[ArraySpec]) -> dict[str, Any]:
+    """`_METADATA` of MaxText's train state: a scalar `step`, the arrays, an `opt_state` without leaves."""
+    values: dict[tuple[str, ...], dict[str, Any]] = {
+        ("step",): {"value_type": "scalar", "skip_deserialize": False},
+        **{
+            a.path: {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(a.shard)}
+            for a in arrays
+        },
+        ("opt_state",): {"value_type": "Dict", "skip_deserialize": True},
+    }
+    leaves = {
+        str(path): {
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in path],
+            "value_metadata": value,
+        }
+        for path, value in values.items()
+    }
+    return {
+        "tree_metadata": leaves,
+        "use_ocdbt": True,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def sharding_metadata(arrays: Sequence[ArraySpec], devices: int = 1) -> dict[str, str]:
+    """`_sharding`: by the base64 of its name, what Orbax records of an array that `devices` devices hold.
+
+    It matters to a restore that is given no sharding. Orbax then wants devices of the recorded ids: a
+    checkpoint that records 16, Orbax's own too, cannot be restored that way on a smaller machine. Every
+    machine has a device 0, hence one device by default, which is also what MaxText's converter records when
+    it has one. The partition spec names the axis to shard in any case.
+    """
+    named = {}
+    for a in arrays:
+        axes = [AXIS if n > 1 else None for n in a.partition]
+        while axes[1:] and axes[-1] is None:
+            axes.pop()
+        sharding = {
+            "sharding_type": "NamedSharding",
+            "shape": [devices],
+            "axis_names": [AXIS],
+            "axis_types": ["AxisType.Auto"],
+            "partition_spec": axes,
+            "device_mesh": {"mesh": [{"id": i} for i in range(devices)]},
+        }
+        named[base64.b64encode(a.name.encode()).decode()] = json.dumps(sharding)
+    return dict(sorted(named.items()))
+
+
+def array_metadatas(arrays: Sequence[ArraySpec]) -> dict[str, Any]:
+    """`array_metadatas/process_K`: the shapes of a shard and of a chunk of each array."""
+    shapes = [(a.name, list(a.shard), list(a.chunk)) for a in arrays]
+    fields = ("param_name", "write_shape", "chunk_shape", "ext_metadata")
+    listed = [{"array_metadata": dict(zip(fields, (*s, None), strict=True))} for s in shapes]
+    return {"array_metadatas": listed}
+
+
+class _Chunks(zarr3.Store):
+    """Where the chunks of a checkpoint are: for each array, by cell, an offset in one of `files`."""
+
+    def __init__(self, specs: Sequence[ArraySpec]) -> None:
+        super().__init__([zarr3.Array(a.name, a.shape, a.dtype, a.chunk) for a in specs])
+        for a in specs:
+            if "" in a.path or a.path[0] in ("step", "opt_state"):
+                raise ValueError(f"{a.path} cannot be the path of an array beside `step` and `opt_state`")
+            if len(a.partition) != len(a.shape):
+                raise ValueError(f"{a.name} has shape {a.shape} and partition {a.partition}")
+        self.files: list[ocdbt.DataFile] = []
+        self.offsets = [np.full(a.chunks, _FREE, dtype=np.int64) for a in self.arrays]
+        self._sources = [np.zeros(a.chunks, dtype=np.int16) for a in self.arrays]
+
+    def add(self, entry: Entry, source: int) -> None:
+        """Record a chunk in file number `source`. RuntimeError when it is not a new chunk of an array."""
+        try:
+            array, cell = self.locate(entry.key)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+        length = self.arrays[array].chunk_bytes
+        if entry.length != length:
+            raise RuntimeError(f"{entry.key} has {entry.length} bytes, not {length}")
+        if self.offsets[array][cell] != _FREE:
+            raise RuntimeError(f"{entry.key} is there twice")
+        self.offsets[array][cell], self._sources[array][cell] = entry.offset, source
+
+    def written(self) -> Iterator[tuple[zarr3.Array, str, int]]:
+        """Every chunk with its array, its key and its offset, negative when it is not there."""
+        for a, offsets in zip(self.arrays, self.offsets, strict=True):
+            yield from zip(itertools.repeat(a), a.keys(), offsets.tolist(), strict=False)
+
+    def database(self) -> Iterator[ocdbt.Entry]:
+        """The chunks that are there, and `zarr.json` of the arrays that have any, in the order of keys."""
+        for i in self.key_order():
+            a = self.arrays[i]
+            cells = zip(a.keys(), self.offsets[i].tolist(), self._sources[i].tolist(), strict=True)
+            there = sorted((key.encode(), offset, source) for key, offset, source in cells if offset >= 0)
+            for key, offset, source in there:
+                yield ocdbt.Entry(key, ocdbt.Location(self.files[source], offset, a.chunk_bytes))
+            if there or not a.chunks:
+                yield ocdbt.Entry(a.metadata_key.encode(), a.metadata)
+
+
+def _collect(root: Path, chunks: _Chunks) -> None:
+    """Add what one process wrote.
+
+    TensorStore decodes: what was encoded here is read back by its intended reader, checksums included.
+    """
+    import tensorstore as ts  # here, since processes that only move bytes start without it
+
+    if not (root / "manifest.ocdbt").exists():
+        raise RuntimeError(f"the writer of {root.name} was not closed")
+    metadata = {a.metadata_key: a.metadata for a in chunks.arrays}
+    sources: dict[str, tuple[int, int]] = {}  # by file: its number, its size in bytes
+    store = ts.KvStore.open({"driver": "file", "path": f"{root}/"}).result()
+    nodes = [(ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"], b"")]
+    while nodes:
+        location, prefix = nodes.pop()
+        node = ts.ocdbt.dump(store, location).result()
+        for entry in node["entries"]:
+            if node["height"]:
+                nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
+                continue
+            key = (prefix + entry["key"]).decode()
+            if "inline_value" in entry:
+                if metadata.get(key) != entry["inline_value"]:
+                    raise RuntimeError(f"{root.name}: {key} is not that of the arrays to finish")
+                continue
+            # "value:<base>:<file>:<offset>:<length>", the base empty in a database of its own
+            file, offset, length = entry["indirect_value"].removeprefix("value::").rsplit(":", 2)
+            if file not in sources:
+                sources[file] = len(chunks.files), (root / file).stat().st_size
+                chunks.files.append(ocdbt.DataFile(f"{root.name}/".encode(), file.encode()))
+            source, size = sources[file]
+            if int(offset) + int(length) > size:
+                raise RuntimeError(f"{root.name}: {key} ends beyond the {size} bytes of {file}")
+            chunks.add(Entry(key, int(offset), int(length)), source)
+
+
+def _write_database(root: Path, entries: Iterable[ocdbt.Entry]) -> None:
+    """Write the nodes and the manifest of an OCDBT database; its values are in place already."""
+    nodes = f"d/{secrets.token_hex(16)}"
+    tree = ocdbt.encode_tree(entries, ocdbt.DataFile(b"", nodes.encode()), max_node_bytes=NODE_BYTES)
+    _write(root / nodes, *tree.nodes)
+    config = ocdbt.Config(secrets.token_bytes(16))
+    _write(root / "manifest.ocdbt", ocdbt.encode_manifest(config, tree, time.time_ns()))
+
+
+def _write(path: Path, *parts: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.writelines(parts)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

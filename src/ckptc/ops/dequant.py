@@ -1,0 +1,114 @@
+"""`dequant_block_fp8` and `dequant_mxfp4`: stored codes and their scales as float32 numbers.
+
+Both decode a source tensor as it is stored, before anything moves, so that a range of it can be decoded on its own. Neither is inverted: a
+checkpoint goes back to the Hub with plain numbers.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from ckptc.ops.base import Array, Op, Parts
+from ckptc.ops.types import Axis, OpError, TensorType, numpy_dtype, replace_axis
+
+
+class Decode(Op):
+    """An op on a source tensor and its tensor of scales. It has no index nest: the fold makes the decoded tensor a source."""
+
+    arity = 2
+
+    def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
+        raise OpError(f"`{self.name}` decodes a source tensor as it is stored: it comes first")
+
+    @abstractmethod
+    def scales_shape(self, values: TensorType) -> tuple[int, ...]:
+        """The shape the tensor of scales must have."""
+
+    def _check(self, inputs: Sequence[TensorType], dtypes: tuple[str, ...], scale_dtypes: tuple[str, ...]) -> TensorType:
+        if len(inputs) != 2:
+            raise OpError(f"`{self.name}` takes a tensor and its scales")
+        values, scales = inputs
+        if values.dtype not in dtypes:
+            raise OpError(f"`{self.name}` decodes {' or '.join(dtypes)}, the tensor is {values.dtype}")
+        if scales.dtype not in scale_dtypes:
+            raise OpError(f"`{self.name}` takes scales in {' or '.join(scale_dtypes)}, they are {scales.dtype}")
+        expected = self.scales_shape(values)
+        if scales.shape != expected:
+            raise OpError(f"`{self.name}`: the scales of {list(values.shape)} are {list(expected)}, found {list(scales.shape)}")
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class DequantBlockFp8(Decode):
+    """value · scale, one scale for each block of the trailing axes.
+
+    [.., m, n] float8_e4m3fn or float8_e5m2 with scales [.., ceil(m/bm), ceil(n/bn)] -> [.., m, n] float32. Blocks at the edges may be
+    incomplete. Source of the format: the DeepSeek-V3 repository, README_WEIGHTS.md (`weight_scale_inv`).
+    """
+
+    block: tuple[int, ...]
+    name = "dequant_block_fp8"
+
+    def scales_shape(self, values: TensorType) -> tuple[int, ...]:
+        lead = len(values.shape) - len(self.block)
+        if lead < 0 or any(b < 1 for b in self.block):
+            raise OpError(f"a block {list(self.block)} does not fit a tensor {list(values.shape)}")
+        return (*values.shape[:lead], *(-(-n // b) for n, b in zip(values.shape[lead:], self.block, strict=True)))
+
+    def infer(self, inputs: Sequence[TensorType]) -> TensorType:
+        values = self._check(inputs, ("float8_e4m3fn", "float8_e5m2"), ("float32", "bfloat16", "float8_e8m0fnu"))
+        return TensorType(values.axes, "float32")
+
+    def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
+        values, scales = arrays[0].astype(np.float32), arrays[1].astype(np.float32)
+        lead = values.ndim - len(self.block)
+        for i, b in enumerate(self.block):
+            index = np.arange(values.shape[lead + i]) // b
+            scales = np.take(scales, index, axis=lead + i)
+        out: Array = values * scales
+        return out
+
+    def describe(self) -> str:
+        return f"dequant_block_fp8 {'x'.join(map(str, self.block))}"
+
+
+# The sixteen values of e2m1, by code: OCP Microscaling Formats (MX) specification 1.0, section 5.3.3.
+E2M1 = np.arange(16, dtype=np.uint8).astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+MX_GROUP = 32  # elements that share a scale (same specification, section 5.1)
+
+
+@dataclass(frozen=True, slots=True)
+class DequantMxfp4(Decode):
+    """e2m1 code · 2^(scale - 127), a scale for each group of 32, two codes a byte, the low four bits first.
+
+    [.., groups, 16] uint8 with scales [.., groups] uint8 (e8m0) -> [.., groups·32] float32.
+    Source of the format: OCP Microscaling Formats (MX) specification 1.0, sections 5.1 to 5.4.
+    """
+
+    name = "dequant_mxfp4"
+
+    def scales_shape(self, values: TensorType) -> tuple[int, ...]:
+        if len(values.shape) < 2 or values.shape[-1] != MX_GROUP // 2:
+            raise OpError(f"mxfp4 blocks are [.., groups, {MX_GROUP // 2}] bytes, found {list(values.shape)}")
+        return values.shape[:-1]
+
+    def infer(self, inputs: Sequence[TensorType]) -> TensorType:
+        values = self._check(inputs, ("uint8",), ("uint8", "float8_e8m0fnu"))
+        groups = values.axes[-2]
+        merged = replace_axis(values, len(values.axes) - 1)
+        return TensorType((*merged.axes[:-1], Axis(groups.name, groups.size * MX_GROUP)), "float32")
+
+    def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
+        codes = arrays[0].view(np.uint8)
+        pairs = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:-1], MX_GROUP)
+        # ldexp is exact, also at the ends of the exponent's range.
+        values = np.ldexp(E2M1[pairs], arrays[1].view(np.uint8).astype(np.int32)[..., None] - 127)
+        return values.reshape(*codes.shape[:-2], -1).astype(np.float32)
+
+    def describe(self) -> str:
+        return "dequant_mxfp4"

@@ -1,0 +1,89 @@
+"""`concat` and `stack`: several arrays as one, along an axis they have or along a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ckptc.ops.base import Array, Inverse, Op, Parts
+from ckptc.ops.nest import AxisMap
+from ckptc.ops.slicing import Slice
+from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
+
+
+def _alike(inputs: Sequence[TensorType], op: str, skip: int | None = None) -> None:
+    if len(inputs) < 2:
+        raise OpError(f"`{op}` joins the parts of a list in `from`; there is one")
+    first = inputs[0]
+    for other in inputs[1:]:
+        same = len(first.axes) == len(other.axes) and all(
+            a == b or i == skip for i, (a, b) in enumerate(zip(first.axes, other.axes, strict=True))
+        )
+        if not same or first.dtype != other.dtype:
+            raise OpError(f"`{op}` joins arrays of one type, but there are {first} and {other}")
+
+
+@dataclass(frozen=True, slots=True)
+class Concat(Op):
+    """One after the other along `axis`. Shape rule: that axis is the sum, all others are equal. One dtype. Exact."""
+
+    axis: str
+    name = "concat"
+    arity = None
+
+    def infer(self, inputs: Sequence[TensorType]) -> TensorType:
+        position = inputs[0].find(self.axis)
+        _alike(inputs, self.name, position)
+        return replace_axis(inputs[0], position, Axis(self.axis, sum(t.axes[position].size for t in inputs)))
+
+    def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
+        return np.concatenate(arrays, axis=inputs[0].find(self.axis))
+
+    def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
+        position, offset, out = inputs[0].find(self.axis), 0, []
+        for type_, own in zip(inputs, parts, strict=True):
+            for part in own:
+                moved = AxisMap(part.axes[position].start + offset, part.axes[position].factors)
+                out.append(replace(part, axes=(*part.axes[:position], moved, *part.axes[position + 1 :])))
+            offset += type_.axes[position].size
+        return out
+
+    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
+        out, offset = [], 0
+        for type_ in inputs:
+            size = type_.axes[type_.find(self.axis)].size
+            out.append(Inverse((Slice(((self.axis, offset, offset + size),)),)))
+            offset += size
+        return tuple(out)
+
+    def describe(self) -> str:
+        return f"concat {self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack(Op):
+    """One beside the other along a new leading axis `axis`. Shape rule: its size is the number of inputs. One type. Exact."""
+
+    axis: str
+    name = "stack"
+    arity = None
+
+    def infer(self, inputs: Sequence[TensorType]) -> TensorType:
+        _alike(inputs, self.name)
+        if any(a.name == self.axis for a in inputs[0].axes):
+            raise OpError(f"there is an axis `{self.axis}` already: {inputs[0].names()}")
+        return inputs[0].with_axes((Axis(self.axis, len(inputs)), *inputs[0].axes))
+
+    def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
+        return np.stack(arrays)
+
+    def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
+        return [replace(p, axes=(AxisMap(i, ()), *p.axes)) for i, own in enumerate(parts) for p in own]
+
+    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
+        return tuple(Inverse((Slice(((self.axis, i, None),)),)) for i in range(len(inputs)))
+
+    def describe(self) -> str:
+        return f"stack {self.axis}"

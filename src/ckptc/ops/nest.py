@@ -1,0 +1,166 @@
+"""Index nests: where each element of an array comes from, as loops with strides.
+
+Every rearrangement a mapping can say (transpose, reshape, slice, interleave, stack, concat) is affine once axes are cut into factors: walk a few loop
+counters, and both the place in the target and the place in the source advance by fixed steps. A `Part` states that for one region of an array:
+per axis a start and *factors*, each with a size, its weight in the axis' index, and its step at the source (elements within a tensor, and tensors
+within a list of equally shaped tensors). Reshaping cuts and joins factors, slicing restricts them, and no data is touched.
+
+The numbers of one axis form a mixed radix system: factors stand in order of falling weight, and a factor's weight is at
+least the extent of all that follow, so an index has one decomposition at most. `restrict` relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from ckptc.ops.types import OpError
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    size: int  # iterations
+    weight: int  # how far the axis' index moves per iteration
+    step: int  # how many source elements per iteration
+    tensor: int = 0  # how many tensors of the list per iteration
+
+
+@dataclass(frozen=True, slots=True)
+class AxisMap:
+    """The index set {start + Σ i·weight} of one axis."""
+
+    start: int
+    factors: tuple[Factor, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of indices covered."""
+        return prod(f.size for f in self.factors)
+
+    @property
+    def stop(self) -> int:
+        """One past the largest index covered."""
+        return self.start + sum((f.size - 1) * f.weight for f in self.factors) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One region of an array, and where it comes from.
+
+    `source` numbers the leaf it reads (None: every element is `value`). Element (i…) of the region is element
+    `base + Σ i·step` of tensor `first + Σ i·tensor` of that leaf's list. `math` is applied in order: ("scale", x), ("add", x) in
+    float32, ("cast", dtype) rounds.
+    """
+
+    source: int | None
+    base: int
+    first: int
+    axes: tuple[AxisMap, ...]
+    math: tuple[tuple[str, float | str], ...] = ()
+    value: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the region."""
+        return prod(a.size for a in self.axes)
+
+
+def whole(size: int, step: int, tensor: int = 0) -> AxisMap:
+    """A full axis read with one stride."""
+    return AxisMap(0, (Factor(size, 1, step, tensor),) if size != 1 else ())
+
+
+Restricted = tuple[AxisMap, int, int]  # the map, and what is added to the part's base and first
+
+
+def restrict(axis: AxisMap, low: int, high: int) -> list[Restricted]:
+    """The indices of `axis` in [low, high), renumbered from `low`: maps that cover each of them once.
+
+    A range that cuts through k factors needs up to 2k + 1 maps, since only boxes are affine.
+    """
+    return list(_restrict(axis.start, axis.factors, low, high))
+
+
+def _restrict(start: int, factors: tuple[Factor, ...], low: int, high: int) -> Iterator[Restricted]:
+    extent = sum((f.size - 1) * f.weight for f in factors) + 1
+    if start >= high or start + extent <= low:
+        return
+    if low <= start and start + extent <= high:
+        yield AxisMap(start - low, factors), 0, 0
+        return
+    f, rest = factors[0], factors[1:]
+    inner = extent - (f.size - 1) * f.weight
+    first_full = max(0, -(-(low - start) // f.weight))
+    last_full = min(f.size - 1, (high - inner - start) // f.weight)
+    touched_first = max(0, -(-(low - start - inner + 1) // f.weight))
+    touched_last = min(f.size - 1, (high - 1 - start) // f.weight)
+    if first_full <= last_full:
+        kept = (replace(f, size=last_full - first_full + 1), *rest) if last_full > first_full else rest
+        yield AxisMap(start + first_full * f.weight - low, kept), first_full * f.step, first_full * f.tensor
+        partial = [i for i in (touched_first, touched_last) if not first_full <= i <= last_full]
+    else:
+        partial = list(range(touched_first, touched_last + 1))
+    for i in dict.fromkeys(partial):
+        for m, step, tensor in _restrict(start + i * f.weight, rest, low, high):
+            yield m, step + i * f.step, tensor + i * f.tensor
+
+
+def restrict_part(part: Part, box: tuple[tuple[int, int], ...]) -> list[Part]:
+    """The part of `part` inside `box` ([low, high) per axis), renumbered from the box's corner: disjoint parts, none if they do not meet."""
+    parts = [(part.base, part.first, ())]  # type: list[tuple[int, int, tuple[AxisMap, ...]]]
+    for axis, (low, high) in zip(part.axes, box, strict=True):
+        if low <= axis.start and axis.stop <= high:
+            kept: list[Restricted] = [(AxisMap(axis.start - low, axis.factors), 0, 0)]
+        else:
+            kept = restrict(axis, low, high)
+            if not kept:
+                return []
+        parts = [(b + step, t + tensor, (*axes, m)) for b, t, axes in parts for m, step, tensor in kept]
+    return [replace(part, base=b, first=t, axes=axes) for b, t, axes in parts]
+
+
+def merge_axes(axes: tuple[AxisMap, ...], sizes: tuple[int, ...]) -> AxisMap:
+    """Adjacent axes of the given sizes as one, row-major."""
+    start, factors, weight = 0, (), 1  # type: int, tuple[Factor, ...], int
+    for axis, size in zip(reversed(axes), reversed(sizes), strict=True):
+        start += axis.start * weight
+        factors = tuple(replace(f, weight=f.weight * weight) for f in axis.factors) + factors
+        weight *= size
+    return AxisMap(start, factors)
+
+
+def split_axis(axis: AxisMap, inner: int) -> list[tuple[AxisMap, AxisMap, int, int]]:
+    """One axis as two, the second of size `inner`: pieces (outer map, inner map, added base, added first).
+
+    One piece where the axis starts on a row of the new shape; where it begins or ends inside one, the incomplete rows are pieces of their own.
+    """
+    rows = sorted({axis.start, -(-axis.start // inner) * inner, axis.stop // inner * inner, axis.stop})
+    cuts = [r for r in rows if axis.start <= r <= axis.stop]
+    out = []
+    for low, high in zip(cuts, cuts[1:], strict=False):
+        for m, step, tensor in restrict(axis, low, high):
+            moved = AxisMap(m.start + low, m.factors)
+            outer_map, inner_map = _split_aligned(moved, inner)
+            out.append((outer_map, inner_map, step, tensor))
+    return out
+
+
+def _split_aligned(axis: AxisMap, inner: int) -> tuple[AxisMap, AxisMap]:
+    outer_factors: list[Factor] = []
+    inner_factors: list[Factor] = []
+    for f in axis.factors:
+        if f.weight % inner == 0:
+            outer_factors.append(replace(f, weight=f.weight // inner))
+        elif axis.start % inner + f.weight * (f.size - 1) < inner:
+            inner_factors.append(f)
+        elif inner % f.weight == 0 and f.size % (inner // f.weight) == 0:
+            n = inner // f.weight
+            outer_factors.append(Factor(f.size // n, 1, f.step * n, f.tensor * n))
+            inner_factors.append(replace(f, size=n))
+        else:
+            raise OpError(f"an axis that is not whole rows cannot be split into rows of {inner}")
+    pair = AxisMap(axis.start // inner, tuple(outer_factors)), AxisMap(axis.start % inner, tuple(inner_factors))
+    if pair[1].stop > inner:
+        raise OpError(f"an axis that is not whole rows cannot be split into rows of {inner}")
+    return pair

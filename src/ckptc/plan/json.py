@@ -1,0 +1,194 @@
+"""Plans as JSON, both ways: stable bytes, one line per file, tensor and array, so that plans diff well.
+
+`dumps` gives the same bytes for the same plan on any machine. `loads` refuses what is not a plan of this format, whole and unedited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, cast
+
+from jsonschema import Draft7Validator
+from jsonschema.exceptions import best_match
+
+from ckptc.diagnostics import InputError, fail
+from ckptc.ops.nest import AxisMap, Factor, Part
+from ckptc.plan.model import FORMAT, Array, Choices, Decode, File, LeftOut, Made, Plan, Source, Tensor, Totals
+from ckptc.spec.resources import schema
+
+MAX_BYTES = 1 << 30
+
+
+def dumps(plan: Plan) -> str:
+    """The plan's JSON text, with its digest."""
+    body = encode(plan)
+    body["digest"] = digest(body)
+    lines = []
+    for key, value in body.items():
+        if isinstance(value, list) and value:
+            rows = ",\n".join("  " + _compact(row) for row in value)
+            lines.append(f' "{key}": [\n{rows}\n ]')
+        else:
+            lines.append(f' "{key}": {_compact(value)}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def digest(body: dict[str, Any]) -> str:
+    """sha256 of everything but the digest itself."""
+    content = {k: v for k, v in body.items() if k != "digest"}
+    return "sha256:" + hashlib.sha256(_compact(content).encode()).hexdigest()
+
+
+def encode(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values, in a fixed order of keys."""
+    return {
+        "format": FORMAT,
+        "digest": "",
+        "made": _record(plan.made),
+        "choices": {**_record(plan.choices), "dims": dict(plan.choices.dims)},
+        "totals": _record(plan.totals),
+        "left_out": [_record(x) for x in plan.left_out],
+        "files": [_record(x) for x in plan.files],
+        "arrays": [_array(x) for x in plan.arrays],
+        # A row a tensor: name, file, begin, end. There are tens of thousands.
+        "tensors": [[t.name, t.file, t.begin, t.end] for t in plan.tensors],
+    }
+
+
+def _record(value: Any) -> dict[str, Any]:
+    assert is_dataclass(value)
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _array(array: Array) -> dict[str, Any]:
+    record = _record(array)
+    record["path"] = array.name
+    record["sources"] = [{k: _record(v) if isinstance(v, Decode) else v for k, v in _record(s).items() if v is not None} for s in array.sources]
+    record["parts"] = [_part(p) for p in array.parts]
+    return record
+
+
+def _part(part: Part) -> dict[str, Any]:
+    """An axis is [start, [[size, weight, step, tensor], …]]; `value` stands where there is no source."""
+    axes = [[a.start, [[f.size, f.weight, f.step, f.tensor] for f in a.factors]] for a in part.axes]
+    out: dict[str, Any] = {"value": part.value} if part.source is None else {"source": part.source, "base": part.base, "first": part.first}
+    return {**out, "axes": axes, "math": [list(m) for m in part.math]}
+
+
+def loads(text: str | bytes, name: str = "plan") -> Plan:
+    """The plan of a JSON text. Raises InputError: `invalid-plan`, `plan-format`, `edited-plan`."""
+    if len(text) > MAX_BYTES:
+        raise fail("invalid-plan", f"{name} is larger than a plan can be")
+    try:
+        body = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise fail("invalid-plan", f"{name} is not valid JSON: {reason}", help="is the file whole? write it again with `ckptc compile -o`") from None
+    if not isinstance(body, dict) or "format" not in body or "arrays" not in body:
+        raise fail("invalid-plan", f"{name} is not a ckptc plan", help="write one with `ckptc compile -o`")
+    if body["format"] != FORMAT:
+        raise fail("plan-format", f"{name} is a plan of format {body['format']!r}, this ckptc runs format {FORMAT}", help="compile it again")
+    _validate(body, name)
+    if body["digest"] != digest(body):
+        raise fail("edited-plan", f"{name} was changed after it was written: its digest does not fit", notes=(f"expected: {digest(body)}", f"found:    {body['digest']}"), help="compile it again with the options you want")
+    return decode(body)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return out
+
+
+def _validate(body: dict[str, Any], name: str) -> None:
+    # The long tables are checked here: jsonschema would take seconds for tens of thousands of rows. The schema says the same of them.
+    rows = body.get("tensors")
+    light = {**body, "tensors": rows[:1] if isinstance(rows, list) else rows}
+    lists: list[list[Any]] = []
+    if isinstance(body["arrays"], list):
+        # Arrays of different layers differ in their paths and tensors alone: each kind is validated once.
+        kinds = {_compact(short): short for short in (_without_lists(a, lists) for a in body["arrays"])}
+        light["arrays"] = list(kinds.values())
+    error = best_match(_validator().iter_errors(light))
+    if error is not None:
+        where = "/".join(map(str, error.absolute_path))
+        raise fail("invalid-plan", f"{name} is not a plan: {where or 'the plan'}: {error.message[:200]}")
+    for row in rows or []:
+        if not (type(row) is list and len(row) == 4 and type(row[0]) is str and all(type(x) is int for x in row[1:]) and -1 <= row[1] and 0 <= row[2] <= row[3]):
+            raise fail("invalid-plan", f"{name} is not a plan: a row of `tensors` is not [name, file, begin, end]: {str(row)[:120]}")
+    count = len(rows or [])
+    for numbers in lists:
+        if not all(type(x) is int and 0 <= x < count for x in numbers):
+            raise fail("invalid-plan", f"{name} is not a plan: a list of tensors names one that is not there")
+
+
+def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
+    if not isinstance(array, dict) or not isinstance(array.get("sources"), list):
+        return array
+    short = []
+    for source in array["sources"]:
+        if isinstance(source, dict) and isinstance(source.get("tensors"), list):
+            lists.append(source["tensors"])
+            source = {**source, "tensors": [0] * min(1, len(source["tensors"]))}
+        short.append(source)
+    path = array.get("path")
+    if isinstance(path, str) and all(path.split("/")):
+        path = "checked"
+    return {**array, "path": path, "sources": short}
+
+
+@cache
+def _validator() -> Draft7Validator:
+    return Draft7Validator(schema("plan"))
+
+
+def decode(body: dict[str, Any]) -> Plan:
+    """The records of validated JSON values. Raises InputError where they contradict each other."""
+    try:
+        plan = Plan(
+            made=Made(**body["made"]),
+            choices=Choices(**{**body["choices"], "dims": tuple(body["choices"]["dims"].items())}),
+            files=tuple(File(**f) for f in body["files"]),
+            tensors=tuple(Tensor(*row) for row in body["tensors"]),
+            arrays=tuple(_decode_array(a) for a in body["arrays"]),
+            left_out=tuple(LeftOut(**x) for x in body["left_out"]),
+            totals=Totals(**body["totals"]),
+        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise fail("invalid-plan", f"not a plan: {error}") from None
+    return plan
+
+
+def _decode_array(a: dict[str, Any]) -> Array:
+    return Array(
+        path=tuple(a["path"].split("/")), shape=tuple(a["shape"]), dtype=a["dtype"], chunk=tuple(a["chunk"]), unit=tuple(a["unit"]),
+        shards=tuple(a["shards"]), axes=tuple(a["axes"]), rule=a["rule"], ops=tuple(a["ops"]),
+        sources=tuple(_decode_source(s) for s in a["sources"]), parts=tuple(_decode_part(p) for p in a["parts"]),
+    )  # fmt: skip
+
+
+def _decode_source(s: dict[str, Any]) -> Source:
+    d = s.get("decode")
+    decoded = Decode(d["op"], tuple(d["block"]), d["dtype"], tuple(d["shape"]), tuple(d["tensors"])) if d else None
+    return Source(s["dtype"], tuple(s["shape"]), tuple(s["tensors"]), decoded)
+
+
+def _decode_part(p: dict[str, Any]) -> Part:
+    axes = tuple(AxisMap(start, tuple(Factor(*f) for f in factors)) for start, factors in p["axes"])
+    math = tuple(cast("tuple[str, float | str]", tuple(m)) for m in p["math"])
+    return Part(p.get("source"), p.get("base", 0), p.get("first", 0), axes, math, p.get("value", 0.0))
+
+
+__all__ = ["InputError", "decode", "digest", "dumps", "encode", "loads"]

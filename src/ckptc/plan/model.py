@@ -1,0 +1,149 @@
+"""The plan's records.
+
+A plan is concrete: which bytes of which files become which boxes of which arrays, through which arithmetic. It is compact because a stack of
+thousands of tensors is one `Part` with a loop over its list of tensors (`ckptc.ops.nest`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from ckptc.ops.nest import Part
+from ckptc.ops.types import itemsize
+
+FORMAT = 1  # raised when a plan of an older ckptc can no longer be run
+
+Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A shard file as it was when the plan was made. `name` is relative to the source directory."""
+
+    name: str
+    size: int  # bytes
+    header: str  # "sha256:<hex>" of its header
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A source tensor. Without a checkpoint at hand `file` is -1 and the offsets count from the tensor's own start."""
+
+    name: str
+    file: int
+    begin: int  # absolute byte offsets in the file
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Equally shaped tensors that an array reads: positions in `Plan.tensors`. With `decode`, they are stored codes: the op's
+    name, its block, and the scales' dtype, shape and positions."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: tuple[int, ...]
+    decode: Decode | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one tensor as stored."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    op: str
+    block: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """A target array: what it is, how it is stored, and what it is made of."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]  # storage chunk; the last along an axis may be cut short
+    unit: tuple[int, ...]  # what is read and written at once: whole chunks, or up to the array's edge
+    shards: tuple[int, ...]  # shards along each axis, for the sharding metadata
+    axes: tuple[str | None, ...]  # logical axis names, where the mapping gives them
+    rule: str
+    ops: tuple[str, ...]  # the rule's ops as text, for people
+    sources: tuple[Source, ...]
+    parts: tuple[Part, ...]  # cover the array once; `Part.source` is a position in `sources`
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+    def units(self) -> Iterator[Box]:
+        """The units' boxes, row-major."""
+        ranges = (range(0, n, u) for n, u in zip(self.shape, self.unit, strict=True))
+        for corner in product(*ranges):
+            yield tuple((c, min(c + u, n)) for c, u, n in zip(corner, self.unit, self.shape, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Source tensors that are not converted: the mapping's pattern and reason, and how many there are."""
+
+    pattern: str
+    reason: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    arrays: int
+    tensors: int
+    parameters: int  # elements of all target arrays
+    read_bytes: int
+    write_bytes: int
+    peak_memory_bytes: int  # of buffers: the largest unit
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What made the plan, by name and digest ("sha256:<hex>")."""
+
+    ckptc: str
+    model: str
+    family: str
+    repo: str
+    mapping: str  # digest of the mapping's text
+    source: str | None  # digest of all files' names, sizes and headers; None without a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The options the plan was compiled with, and the dims they gave."""
+
+    layout: str
+    dtype: str
+    shards: int
+    memory: int
+    naming: str  # which of the mapping's `sources`
+    dims: tuple[tuple[str, int | float | str | bool], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    made: Made
+    choices: Choices
+    files: tuple[File, ...]
+    tensors: tuple[Tensor, ...]
+    arrays: tuple[Array, ...]  # in the order of their paths
+    left_out: tuple[LeftOut, ...]
+    totals: Totals

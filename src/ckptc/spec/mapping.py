@@ -1,0 +1,232 @@
+"""A mapping as typed records. Strings that are templates or expressions stay as written; `where` leads back to the YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ckptc.diagnostics import InputError, fail, nearest
+from ckptc.spec.document import Document, Path_, load
+from ckptc.spec.resources import mapping_files
+from ckptc.spec.schema import check
+
+Value = str | int | float | bool
+LoopOver = Value | list[Value] | dict[str, Value]
+LAYOUTS = ("scanned", "unscanned")
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op of a rule: its word, its argument as written, and its place."""
+
+    name: str
+    argument: Any
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One source of a rule: a name template, the pattern of its axes, and the ops applied to it alone."""
+
+    name: str | None  # None: `fill`
+    pattern: str | None
+    ops: tuple[OpSpec, ...]
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Rule:
+    target: str
+    origins: tuple[Origin, ...]  # one, or several to be joined by the first of `ops`
+    ops: tuple[OpSpec, ...]
+    fill: float | None
+    dtype: str | None
+    loop: MappingOf[str, LoopOver]
+    stack: MappingOf[str, Value]
+    when: Value | None
+    collection: str
+    axes: str | None
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the layers of a block go: separate arrays for each value of `loop`, one axis for each variable of `stack`."""
+
+    at: str
+    loop: MappingOf[str, LoopOver]
+    stack: MappingOf[str, Value]
+    axis: tuple[int, ...]
+    let: MappingOf[str, Value]
+    when: Value | None
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Block:
+    name: str
+    source: str
+    places: MappingOf[str, tuple[Place, ...]]  # by layout
+    when: Value | None
+    rules: tuple[Rule, ...]
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    repo: str
+    config: MappingOf[str, Any]
+    set: MappingOf[str, Value]
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Ignore:
+    source: str
+    reason: str
+    when: Value | None
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Mapping:
+    family: str
+    title: str
+    target: str
+    dims: MappingOf[str, Value]
+    models: MappingOf[str, Model]
+    unsupported: MappingOf[str, str]
+    sources: MappingOf[str, MappingOf[str, Value]]
+    rules: tuple[Rule, ...]
+    blocks: tuple[Block, ...]
+    ignore: tuple[Ignore, ...]
+    document: Document
+
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts the target has for this family."""
+        return tuple(name for name in LAYOUTS if name not in self.unsupported)
+
+
+def load_mapping(path: Path, name: str | None = None) -> Mapping:
+    """Read, check against the schema, and type a mapping file. Raises InputError with every problem found."""
+    document = load(path, name)
+    check(document)
+    return _mapping(document)
+
+
+@cache
+def shipped() -> tuple[Mapping, ...]:
+    """The mappings that come with ckptc, by family name."""
+    return tuple(sorted((load_mapping(p, f"mappings/{p.name}") for p in mapping_files()), key=lambda m: m.family))
+
+
+def find_model(name: str, mappings: tuple[Mapping, ...] | None = None) -> tuple[Mapping, Model]:
+    """The mapping and the model called `name`. Raises InputError `unknown-model`, naming the nearest."""
+    among = shipped() if mappings is None else mappings
+    for mapping in among:
+        if name in mapping.models:
+            return mapping, mapping.models[name]
+    known = [n for m in among for n in m.models]
+    best = nearest(name, known)
+    raise fail(
+        "unknown-model",
+        f"there is no model `{name}`",
+        help=f"did you mean `{best}`?" if best else "`ckptc models` lists every named model; `--mapping FILE` uses a mapping of your own",
+    )
+
+
+def _mapping(document: Document) -> Mapping:
+    data = document.data
+    return Mapping(
+        family=data["family"],
+        title=data.get("title", ""),
+        target=data["target"],
+        dims=data["dims"],
+        models=_models(document),
+        unsupported=data.get("unsupported", {}),
+        sources=data.get("sources", {"hub": {}}),
+        rules=_rules(data.get("tensors", {}), ("tensors",)),
+        blocks=tuple(_block(name, b, ("blocks", name)) for name, b in data.get("blocks", {}).items()),
+        ignore=tuple(
+            Ignore(i["source"], i["reason"], i.get("when"), ("ignore", n)) for n, i in enumerate(data.get("ignore", []))
+        ),
+        document=document,
+    )
+
+
+def _models(document: Document) -> dict[str, Model]:
+    data, out = document.data["models"], {}
+    for name, model in data.items():
+        chain, current = [model], model
+        while "like" in current:
+            like = current["like"]
+            where = document.span(("models", name, "like"))
+            if like not in data:
+                best = nearest(like, data)
+                raise fail("unknown-model", f"`like` names `{like}`, which is not a model of this family", span=where, help=best and f"did you mean `{best}`?")
+            current = data[like]
+            if any(current is c for c in chain):
+                raise fail("unknown-model", f"`like` of `{name}` leads back to itself", span=where)
+            chain.append(current)
+        config: dict[str, Any] = dict(document.data.get("config", {}))
+        fixed: dict[str, Value] = {}
+        for step in reversed(chain):
+            config = _merge(config, step.get("config", {}))
+            fixed |= step.get("set", {})
+        out[name] = Model(name, model["repo"], config, fixed, ("models", name))
+    return out
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _rules(data: dict[str, Any], where: Path_) -> tuple[Rule, ...]:
+    return tuple(_rule(target, rule, (*where, target)) for target, rule in data.items())
+
+
+def _rule(target: str, rule: dict[str, Any], where: Path_) -> Rule:
+    source = rule.get("from")
+    ops = _ops(rule.get("ops", []), (*where, "ops"))
+    if isinstance(source, list):
+        origins = tuple(
+            Origin(p["from"], p["as"], _ops(p.get("ops", []), (*where, "from", i, "ops")), (*where, "from", i))
+            for i, p in enumerate(source)
+        )
+    else:
+        origins = (Origin(source, rule.get("as"), (), where),)
+    return Rule(
+        target, origins, ops, rule.get("fill"), rule.get("dtype"), rule.get("for", {}), rule.get("stack", {}), rule.get("when"),
+        rule.get("collection", "params"), rule.get("axes"), where,
+    )  # fmt: skip
+
+
+def _ops(data: list[dict[str, Any]], where: Path_) -> tuple[OpSpec, ...]:
+    return tuple(OpSpec(name, arg, (*where, i, name)) for i, op in enumerate(data) for name, arg in op.items())
+
+
+def _block(name: str, data: dict[str, Any], where: Path_) -> Block:
+    always = _places(data.get("always", []), (*where, "always"))
+    places = {layout: (*always, *_places(data.get(layout, []), (*where, layout))) for layout in LAYOUTS}
+    return Block(name, data["source"], places, data.get("when"), _rules(data["tensors"], (*where, "tensors")), where)
+
+
+def _places(data: list[dict[str, Any]], where: Path_) -> tuple[Place, ...]:
+    out = []
+    for i, p in enumerate(data):
+        axis, stack = p.get("axis", 1), p.get("stack", {})
+        axes = tuple(axis) if isinstance(axis, list) else tuple(axis + n for n in range(len(stack)))
+        out.append(Place(p["at"], p.get("for", {}), stack, axes, p.get("let", {}), p.get("when"), (*where, i)))
+    return tuple(out)
+
+
+__all__ = ["Block", "Ignore", "InputError", "Mapping", "Model", "OpSpec", "Origin", "Place", "Rule", "find_model", "load_mapping", "shipped"]

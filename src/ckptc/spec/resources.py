@@ -1,0 +1,28 @@
+"""Where the shipped mappings and schemas are: inside the wheel, or at the top of a checkout."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ckptc
+
+
+def _folder(name: str) -> Path:
+    package = Path(ckptc.__file__).parent
+    packed = package / "_data" / name
+    return packed if packed.is_dir() else package.parents[1] / name
+
+
+def mapping_files() -> list[Path]:
+    """The shipped mapping files, by name."""
+    return sorted(_folder("mappings").glob("*.yaml"))
+
+
+@cache
+def schema(name: str) -> dict[str, Any]:
+    """A shipped JSON Schema: `mapping` or `plan`."""
+    loaded: dict[str, Any] = json.loads((_folder("schema") / f"{name}.schema.json").read_text(encoding="utf-8"))
+    return loaded

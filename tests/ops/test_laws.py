@@ -1,0 +1,314 @@
+"""The laws of the op algebra, for every op of the vocabulary and for random chains of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckptc.ops import (
+    VOCABULARY,
+    Add,
+    Cast,
+    Decode,
+    DequantBlockFp8,
+    DequantMxfp4,
+    Op,
+    OpError,
+    Rearrange,
+    Scale,
+    Slice,
+    Split,
+    TensorType,
+    infer_chain,
+)
+from ckptc.ops.nest import AxisMap, Factor, Part, merge_axes, restrict_part, split_axis, whole
+from ckptc.ops.rename import Rename
+from ckptc.ops.types import Axis
+from tests.ops.evaluate import Array, counters, dtype_of, elements, evaluate, same
+from tests.ops.strategies import CASES, STEPS, Made, apply, bits, boxes, chains, leaf, moderate, op_for, types
+
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+ARITHMETIC = (Scale, Add)
+every_op = pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.name)
+
+
+def inputs_for(kind: type[Op], ins: Sequence[TensorType], seed: int) -> list[Array]:
+    fill = moderate if kind in ARITHMETIC else bits
+    return [fill(seed + i, t) for i, t in enumerate(ins)]
+
+
+def test_every_op_of_the_vocabulary_has_laws() -> None:
+    assert set(CASES) == {*VOCABULARY, Rename}
+
+
+def test_words_of_the_vocabulary_are_unique() -> None:
+    assert len({op.name for op in VOCABULARY}) == len(VOCABULARY)
+
+
+@every_op
+@relaxed
+@given(data=st.data())
+def test_the_shape_and_dtype_rules_say_what_forward_makes(kind: type[Op], data: st.DataObject) -> None:
+    op, ins = data.draw(CASES[kind])
+    with np.errstate(all="ignore"):
+        out = op.forward(inputs_for(kind, ins, 1), ins)
+    type_ = op.infer(ins)
+    assert isinstance(out, np.ndarray)
+    assert (out.shape, out.dtype) == (type_.shape, dtype_of(type_.dtype))
+    if kind in (*ARITHMETIC, DequantBlockFp8, DequantMxfp4):
+        assert type_.dtype == "float32"
+    assert op.describe().startswith("" if kind is Rearrange else kind.name)
+
+
+@every_op
+@relaxed
+@given(data=st.data())
+def test_the_inverse_gives_each_input_back(kind: type[Op], data: st.DataObject) -> None:
+    op, ins = data.draw(CASES[kind])
+    inverses = op.inverse(ins)
+    if inverses is None:
+        assert kind in (Slice, Split, DequantBlockFp8, DequantMxfp4)
+        return
+    assert kind not in (Slice, Split, DequantBlockFp8, DequantMxfp4)
+    assert len(inverses) == len(ins)
+    arrays = [moderate(i, t) for i, t in enumerate(ins)] if any(i.rounds for i in inverses) else inputs_for(kind, ins, 1)
+    with np.errstate(all="ignore"):
+        out, type_ = op.forward(arrays, ins), op.infer(ins)
+    for inverse, array, input in zip(inverses, arrays, ins, strict=True):
+        back = out
+        for step, step_type in zip(inverse.ops, types_along(inverse.ops, type_), strict=True):
+            back = np.asarray(step.forward([back], [step_type]))
+        assert infer_chain(inverse.ops, type_) == input, "names, sizes and dtype return too"
+        if not inverse.rounds:
+            assert same(back, array)
+        else:
+            assert kind in (Scale, Add, Cast)
+            error = np.abs(back.astype(np.float64) - array.astype(np.float64))
+            assert (error <= bound(op, array, input.dtype)).all()
+
+
+def types_along(ops: Sequence[Op], type_: TensorType) -> list[TensorType]:
+    return [infer_chain(ops[:i], type_) for i in range(len(ops))]
+
+
+def bound(op: Op, array: Array, dtype: str) -> Array:
+    """How far a rounding inverse may be off, for inputs of moderate size: a few roundings of the narrowest dtype on the way."""
+    magnitude = np.abs(array.astype(np.float64))
+    if isinstance(op, Add):
+        magnitude = magnitude + 2 * abs(op.term)
+    narrowest = max(float(ml_dtypes.finfo(dtype_of(n)).eps) for n in (op.dtype if isinstance(op, Cast) else "float32", dtype))
+    smallest = float(ml_dtypes.finfo(dtype_of(op.dtype if isinstance(op, Cast) else "float32")).smallest_subnormal)
+    return 1.5 * narrowest * magnitude + smallest
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "rounds"),
+    [
+        (Scale(2.0), "bfloat16", False),
+        (Scale(-0.125), "float32", False),
+        (Scale(3.0), "float32", True),
+        (Scale(0.1), "bfloat16", True),
+        (Scale(2.0), "float64", True),  # the way through float32 rounds
+        (Add(1.0), "float32", True),
+        (Add(0.0), "float32", True),  # -0 becomes 0
+        (Cast("float32"), "bfloat16", False),
+        (Cast("bfloat16"), "bfloat16", False),
+        (Cast("bfloat16"), "float32", True),
+        (Cast("float16"), "bfloat16", True),
+        (Cast("bfloat16"), "float16", True),
+        (Cast("float16"), "float8_e4m3fn", False),
+        (Cast("float32"), "float64", True),
+    ],
+    ids=str,
+)
+def test_the_inverse_says_where_it_rounds(op: Op, dtype: str, rounds: bool) -> None:
+    inverses = op.inverse([TensorType((), dtype)])
+    assert inverses is not None and inverses[0].rounds is rounds
+
+
+def test_a_cast_that_does_not_round_keeps_every_value() -> None:
+    for old in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
+        size = dtype_of(old).itemsize
+        every = np.arange(256**size, dtype=f"u{size}").view(dtype_of(old))
+        for new in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
+            inverses = Cast(new).inverse([TensorType((), old)])
+            assert inverses is not None
+            with np.errstate(all="ignore"):
+                kept = same(every.astype(dtype_of(new)).astype(dtype_of(old)), every)
+            assert kept is not inverses[0].rounds, (old, new)
+
+
+@every_op
+@relaxed
+@given(data=st.data())
+def test_lowering_one_op_means_what_forward_does(kind: type[Op], data: st.DataObject) -> None:
+    op, ins = data.draw(CASES[kind])
+    grids = [data.draw(st.integers(0, len(t.axes))) for t in ins]
+    leaves = [leaf(t, i, i, grid) for i, (t, grid) in enumerate(zip(ins, grids, strict=True))]
+    if issubclass(kind, Decode):
+        with pytest.raises(OpError, match="it comes first"):
+            op.lower([m.parts for m in leaves], ins)
+        return
+    with np.errstate(all="ignore"):
+        check(apply(op, leaves))
+
+
+def check(made: Made) -> None:
+    assert same(evaluate(made.parts, made.sources, made.type.shape, made.type.dtype), made.array)
+    for part in made.parts:
+        for axis in part.axes:
+            assert well_formed(axis), axis
+
+
+def well_formed(axis: AxisMap) -> bool:
+    """What `restrict` relies on: the first factors move the index furthest, past all that the others cover."""
+    extent = 1
+    for f in reversed(axis.factors):
+        if f.size < 1 or (f.size > 1 and f.weight < extent):
+            return False
+        extent += (f.size - 1) * f.weight
+    return True
+
+
+@settings(relaxed, max_examples=400)
+@given(chains())
+def test_lowering_a_chain_means_what_forward_does(made: Made) -> None:
+    with np.errstate(all="ignore"):
+        check(made)
+
+
+@settings(relaxed, max_examples=300)
+@given(data=st.data())
+def test_a_slice_pushed_to_the_source_is_the_slice_taken_after(data: st.DataObject) -> None:
+    with np.errstate(all="ignore"):
+        made = data.draw(chains())
+        box = data.draw(boxes(made.type.shape))
+        inside = [q for p in made.parts for q in restrict_part(p, box)]
+        shape = tuple(high - low for low, high in box)
+        want = np.ascontiguousarray(made.array[(*(slice(low, high) for low, high in box), ...)])
+        # `evaluate` asserts that the pieces are disjoint and cover the box.
+        assert same(evaluate(inside, made.sources, shape, made.type.dtype), want)
+
+
+@settings(relaxed, max_examples=150)
+@given(data=st.data())
+def test_the_inverses_of_a_chain_undo_it_from_the_end(data: st.DataObject) -> None:
+    """Names must return with the sizes, or the inverse of an earlier op does not find its axis."""
+    type_ = data.draw(types(("bfloat16", "float32")))
+    array, done = moderate(3, type_), []
+    for kind in data.draw(st.lists(st.sampled_from(STEPS), max_size=5)):
+        op = op_for(data.draw, kind, type_)
+        inverses = op.inverse([type_]) if op is not None and op.infer([type_]).size < 2000 else None
+        if op is None or inverses is None or inverses[0].rounds:
+            continue
+        done.append((type_, array, inverses[0].ops))
+        array, type_ = np.asarray(op.forward([array], [type_])), op.infer([type_])
+    for before, original, ops in reversed(done):
+        for op in ops:
+            array, type_ = np.asarray(op.forward([array], [type_])), op.infer([type_])
+        assert type_ == before
+        assert same(array, original)
+
+
+def test_a_pad_is_computed_with_like_everything_else() -> None:
+    """Zeros where there was nothing, then 1 + 0."""
+    made = apply(Add(1.0), [apply(__import__("ckptc.ops", fromlist=["Pad"]).Pad("a", 4), [leaf(TensorType((Axis("a", 2),), "float32"), 0, 0, 0)])])
+    assert made.array[2:].tolist() == [1.0, 1.0]
+    check(made)
+
+
+def test_a_fused_axis_splits_at_another_place_in_few_parts() -> None:
+    """[3, 4] contiguous as [2, 6] is one part; the same of a transposed [3, 4] is cut where rows begin."""
+    a, b, c, d = Axis("a", 3), Axis("b", 4), Axis("c", 2), Axis("d", 6)
+    source = leaf(TensorType((a, b), "float32"), 0, 0, 0)
+    again = Rearrange(((c, d),), ((c,), (d,)))
+    straight = apply(again, [apply(Rearrange(((a,), (b,)), ((a, b),)), [source])])
+    turned = apply(again, [apply(Rearrange(((a,), (b,)), ((b, a),)), [source])])
+    check(straight)
+    check(turned)
+    assert len(straight.parts) == 1
+    assert len(turned.parts) <= 4
+
+
+@st.composite
+def axis_maps(draw: st.DrawFn) -> AxisMap:
+    """Any well-formed axis, with gaps between the factors."""
+    factors: list[Factor] = []
+    extent = 1
+    for _ in range(draw(st.integers(0, 3))):
+        size, weight = draw(st.integers(1, 4)), extent + draw(st.integers(0, 3))
+        factors.insert(0, Factor(size, weight, draw(st.integers(-20, 20)), draw(st.integers(-3, 3))))
+        extent += (size - 1) * weight
+    return AxisMap(draw(st.integers(0, 5)), tuple(factors))
+
+
+def places(axis: AxisMap, base: int = 0, first: int = 0) -> dict[int, tuple[int, int]]:
+    found = {i: (s + base, t + first) for i, s, t in counters(axis)}
+    assert len(found) == axis.size
+    return found
+
+
+@settings(relaxed, max_examples=300)
+@given(axis_maps(), st.integers(0, 40), st.integers(1, 40))
+def test_restricting_an_axis_keeps_the_indices_inside(axis: AxisMap, low: int, length: int) -> None:
+    part = Part(0, 7, 5, (axis,))
+    want = {i - low: (s, t) for i, (s, t) in places(axis, 7, 5).items() if low <= i < low + length}
+    found: dict[int, tuple[int, int]] = {}
+    pieces = restrict_part(part, ((low, low + length),))
+    for piece in pieces:
+        got = places(piece.axes[0], piece.base, piece.first)
+        assert not got.keys() & found.keys(), "pieces are disjoint"
+        assert well_formed(piece.axes[0])
+        assert (min(got), max(got) + 1) == (piece.axes[0].start, piece.axes[0].stop)
+        found |= got
+    assert found == want
+    assert len(pieces) <= 2 * len(axis.factors) + 1
+
+
+@settings(relaxed, max_examples=300)
+@given(axis_maps(), st.integers(1, 12))
+def test_splitting_an_axis_keeps_every_index(axis: AxisMap, inner: int) -> None:
+    found: dict[int, tuple[int, int]] = {}
+    for outer, rest, step, tensor in split_axis(axis, inner):
+        assert well_formed(outer) and well_formed(rest) and rest.stop <= inner
+        for (i, (s, t)), (j, (u, v)) in [(x, y) for x in places(outer).items() for y in places(rest).items()]:
+            assert i * inner + j not in found
+            found[i * inner + j] = (s + u + step, t + v + tensor)
+    assert found == places(axis)
+
+
+@relaxed
+@given(st.lists(st.integers(1, 4), max_size=3))
+def test_merging_axes_counts_row_major(sizes: list[int]) -> None:
+    axes = tuple(whole(n, 1) for n in sizes)
+    merged = merge_axes(axes, tuple(sizes))
+    assert [i for i, _, _ in counters(merged)] == list(range(int(np.prod(sizes))))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [Part(0, 0, 0, (whole(3, 1),))],  # not all
+        [Part(0, 0, 0, (whole(4, 1),)), Part(None, 0, 0, (AxisMap(1, ()),))],  # one twice
+        [Part(0, 1, 0, (whole(4, 1),))],  # past the end
+        [Part(0, 0, 0, (whole(4, -1),))],
+        [Part(0, 0, 1, (whole(4, 1),))],  # there is one tensor
+        [Part(0, 0, 0, (AxisMap(1, (Factor(4, 1, 1),)),))],  # outside the target
+        [Part(0, 0, 0, (whole(4, 1),), (("cast", "bfloat16"),))],  # another dtype
+    ],
+)
+def test_the_reference_refuses_parts_that_are_wrong(broken: list[Part]) -> None:
+    source = np.arange(4, dtype=np.float32)
+    assert same(evaluate([Part(0, 0, 0, (whole(4, 1),))], [[source]], (4,), "float32"), source)
+    with pytest.raises(AssertionError):
+        evaluate(broken, [[source]], (4,), "float32")
+
+
+def test_a_part_knows_its_size() -> None:
+    part = Part(0, 0, 0, (whole(3, 4), AxisMap(1, (Factor(2, 2, 1),))))
+    assert part.size == len(list(elements(part))) == 6
