@@ -36,8 +36,8 @@ MAX_ARITY = 1024 * 1024  # entries of a node: TensorStore refuses more
 _T = TypeVar("_T")
 
 # TensorStore's estimate of a decoded entry, in bytes, without the key and the name of the data file.
-_LEAF_ENTRY_BYTES = 16
-_LEAF_REFERENCE_BYTES = 16
+_LEAF_ENTRY_BYTES = 16  # with the value itself
+_LEAF_REFERENCE_BYTES = 32  # with a place
 _INTERIOR_ENTRY_BYTES = 56
 
 
@@ -364,16 +364,16 @@ def _common(a: bytes, b: bytes) -> int:
 
 
 def _leaf_entry_bytes(entry: Entry) -> int:
-    value = entry.value
-    if isinstance(value, Location):
-        data = _LEAF_REFERENCE_BYTES + sum(map(len, value.file))
-    else:
-        data = len(value)
-    return _LEAF_ENTRY_BYTES + data + len(entry.key)
+    key, value = entry
+    if isinstance(value, bytes):
+        return _LEAF_ENTRY_BYTES + len(key) + len(value)
+    file = value.file
+    return _LEAF_REFERENCE_BYTES + len(key) + len(file.base) + len(file.relative)
 
 
 def _child_bytes(child: Child) -> int:
-    return _INTERIOR_ENTRY_BYTES + sum(map(len, child.location.file)) + len(child.key)
+    file = child.location.file
+    return _INTERIOR_ENTRY_BYTES + len(child.key) + len(file.base) + len(file.relative)
 
 
 def _groups(

@@ -17,7 +17,7 @@ chunk is then known by its key, offset and length. `close` writes the process's 
 indexes of all processes back through TensorStore, proves that they hold every chunk exactly once, and writes
 the index over all of them and the metadata. `commit` makes the directory durable and names it.
 
-Memory: 10 bytes for each chunk of the checkpoint, and the nodes of one index.
+Memory: 10 bytes for each chunk of the checkpoint, and one encoded index, about 13 bytes for each chunk.
 File names, JSON fields and their values are what orbax-checkpoint 0.12.8 writes for MaxText's train state.
 """
 
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import base64
 import heapq
-import itertools
 import json
 import os
 import secrets
@@ -37,7 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import fail
@@ -50,7 +48,7 @@ NODE_BYTES = 1 << 20
 AXIS = "checkpoint_sharding_axis"  # the mesh axis that MaxText's converter shards along
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 _DICT_KEY = 2  # Orbax's KeyType.DICT
-_FREE, _BUSY = -1, -2  # instead of the offset of a chunk that is not written, or is being written
+_BUSY = -2  # instead of the offset of a chunk that is being written
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +97,8 @@ class ItemsWriter:
     left there before is deleted; with it, the data file is cut back to the end of the last recorded chunk.
 
     Raises:
-        ValueError: arrays that zarr or the tree cannot hold.
-        RuntimeError: `resume` records chunks that the arrays or the data file do not have.
+        ValueError: arrays that zarr or the tree cannot hold; `resume` records chunks that they do not have.
+        RuntimeError: `resume` records chunks that the data file does not have.
     """
 
     def __init__(
@@ -111,14 +109,14 @@ class ItemsWriter:
         process: int = 0,
         resume: WriterState | None = None,
     ) -> None:
-        self._chunks = _Chunks(arrays)
+        self._chunks = _chunks(arrays)
         self._root = directory / "items" / f"ocdbt.process_{process}"
         self._lock = threading.Lock()
         self._closed = False
         self._end = 0  # of the data file, bytes
-        for entry in resume.entries if resume else ():
-            self._chunks.add(entry, 0)
-            self._end = max(self._end, entry.offset + entry.length)
+        for key, offset, length in resume.entries if resume else ():
+            self._chunks.add(key, offset, length, 0)
+            self._end = max(self._end, offset + length)
         if resume is None:
             shutil.rmtree(self._root, ignore_errors=True)
         self.file = resume.file if resume else secrets.token_hex(16)
@@ -143,10 +141,8 @@ class ItemsWriter:
         a, offsets = self._chunks.arrays[array], self._chunks.offsets[array]
         cell, view = a.cell(index), a.data(index, data)
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the writer is closed")
-            if offsets[cell] != _FREE:
-                raise RuntimeError(f"{a.key(index)} is written already")
+            if self._closed or offsets[cell] != zarr3.ABSENT:
+                raise RuntimeError("closed" if self._closed else f"{a.key(index)} is written already")
             offsets[cell] = _BUSY
             offset, self._end = self._end, self._end + a.chunk_bytes
         try:
@@ -155,7 +151,7 @@ class ItemsWriter:
                 written = os.pwrite(self._fd, view, at)
                 view, at = view[written:], at + written
         except BaseException:
-            offsets[cell] = _FREE
+            offsets[cell] = zarr3.ABSENT
             raise
         offsets[cell] = offset
         return Entry(a.key(index), offset, a.chunk_bytes)
@@ -166,7 +162,7 @@ class ItemsWriter:
 
     def entries(self) -> Iterator[Entry]:
         """The chunks written so far, array by array, cell by cell."""
-        for a, key, offset in self._chunks.written():
+        for a, key, offset in self._chunks.by_cell():
             if offset >= 0:
                 yield Entry(key, offset, a.chunk_bytes)
 
@@ -188,8 +184,8 @@ class ItemsWriter:
         for stale in (self._root / "d").iterdir():  # an index that an interrupted `close` left
             if stale.name != self.file:
                 stale.unlink()
-        self._chunks.files.append(ocdbt.DataFile(b"", f"d/{self.file}".encode()))
-        _write_database(self._root, self._chunks.database())
+        file = ocdbt.DataFile(b"", f"d/{self.file}".encode())
+        _write_database(self._root, _entries(self._chunks, [file]))
 
 
 def finish(
@@ -203,31 +199,31 @@ def finish(
     sharding_devices: int = 1,
     started: int | None = None,
 ) -> None:
-    """Join what `processes` closed writers left in `directory` into one checkpoint, all but its name.
+    """Join what `processes` closed writers left in `directory` into a checkpoint; only its name is missing.
 
-    `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory that the commit markers
+    `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory that commit markers
     name, by default `directory`. `started`: when the conversion began, nanoseconds since the Unix epoch.
     `sharding_devices`: see `sharding_metadata`. May be called again after it failed or was interrupted.
 
     Raises:
-        RuntimeError: a chunk is missing, is there twice, or is not what `arrays` says.
+        RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer.
     """
-    chunks, items = _Chunks(arrays), directory / "items"
-    expected = [f"ocdbt.process_{k}" for k in range(processes)]
+    chunks, items = _chunks(arrays), directory / "items"
+    files: list[ocdbt.DataFile] = []
     for path in sorted(items.glob("ocdbt.process_*")):
-        if path.name not in expected:
+        if int(path.name.rpartition("_")[2]) >= processes:
             raise RuntimeError(f"{path.name} is there, but only {processes} processes took part")
-        _collect(path, chunks)
-    missing = [key for _, key, offset in chunks.written() if offset < 0]
+        _collect(path, chunks, files)
+    missing = [key for _, key, offset in chunks.by_cell() if offset < 0]
     if missing:
         raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
 
-    scalar = [  # the leaf `step`, which Orbax stores as an int64 without axes
+    shutil.rmtree(items / "d", ignore_errors=True)
+    scalar = [  # the leaf `step`: Orbax stores it as an int64 without axes
         ocdbt.Entry(b"step/c", step.to_bytes(8, "little", signed=True)),
         ocdbt.Entry(b"step/zarr.json", zarr3.array_metadata((), "int64", ())),
     ]
-    shutil.rmtree(items / "d", ignore_errors=True)
-    _write_database(items, heapq.merge(chunks.database(), scalar, key=lambda e: e.key))
+    _write_database(items, heapq.merge(_entries(chunks, files), scalar))
 
     now = time.time_ns()
     checkpoint = {
@@ -239,9 +235,10 @@ def finish(
         "custom_metadata": dict(custom_metadata),
     }
     final = final or directory
+    sharding = sharding_metadata(arrays, sharding_devices)
     texts = {
         "items/_METADATA": json.dumps(tree_metadata(arrays)),
-        "items/_sharding": json.dumps(sharding_metadata(arrays, sharding_devices), separators=(",", ":")),
+        "items/_sharding": json.dumps(sharding, separators=(",", ":")),
         "items/array_metadatas/process_0": json.dumps(array_metadatas(arrays)),
         "items/commit_success.txt": f"Checkpoint commit was successful to {final / 'items'}",
         "_CHECKPOINT_METADATA": json.dumps(checkpoint),
@@ -271,12 +268,10 @@ def commit(partial: Path, final: Path) -> None:
 
 def tree_metadata(arrays: Sequence[ArraySpec]) -> dict[str, Any]:
     """`_METADATA` of MaxText's train state: a scalar `step`, the arrays, an `opt_state` without leaves."""
+    array: dict[str, Any] = {"value_type": "jax.Array", "skip_deserialize": False}
     values: dict[tuple[str, ...], dict[str, Any]] = {
         ("step",): {"value_type": "scalar", "skip_deserialize": False},
-        **{
-            a.path: {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(a.shard)}
-            for a in arrays
-        },
+        **{a.path: array | {"write_shape": a.shard} for a in arrays},
         ("opt_state",): {"value_type": "Dict", "skip_deserialize": True},
     }
     leaves = {
@@ -322,67 +317,27 @@ def sharding_metadata(arrays: Sequence[ArraySpec], devices: int = 1) -> dict[str
 
 def array_metadatas(arrays: Sequence[ArraySpec]) -> dict[str, Any]:
     """`array_metadatas/process_K`: the shapes of a shard and of a chunk of each array."""
-    shapes = [(a.name, list(a.shard), list(a.chunk)) for a in arrays]
-    fields = ("param_name", "write_shape", "chunk_shape", "ext_metadata")
-    listed = [{"array_metadata": dict(zip(fields, (*s, None), strict=True))} for s in shapes]
-    return {"array_metadatas": listed}
+    shapes = [{"param_name": a.name, "write_shape": a.shard, "chunk_shape": a.chunk} for a in arrays]
+    return {"array_metadatas": [{"array_metadata": {**s, "ext_metadata": None}} for s in shapes]}
 
 
-class _Chunks(zarr3.Store):
-    """Where the chunks of a checkpoint are: for each array, by cell, an offset in one of `files`."""
-
-    def __init__(self, specs: Sequence[ArraySpec]) -> None:
-        super().__init__([zarr3.Array(a.name, a.shape, a.dtype, a.chunk) for a in specs])
-        for a in specs:
-            if "" in a.path or a.path[0] in ("step", "opt_state"):
-                raise ValueError(f"{a.path} cannot be the path of an array beside `step` and `opt_state`")
-            if len(a.partition) != len(a.shape):
-                raise ValueError(f"{a.name} has shape {a.shape} and partition {a.partition}")
-        self.files: list[ocdbt.DataFile] = []
-        self.offsets = [np.full(a.chunks, _FREE, dtype=np.int64) for a in self.arrays]
-        self._sources = [np.zeros(a.chunks, dtype=np.int16) for a in self.arrays]
-
-    def add(self, entry: Entry, source: int) -> None:
-        """Record a chunk in file number `source`. RuntimeError when it is not a new chunk of an array."""
-        try:
-            array, cell = self.locate(entry.key)
-        except ValueError as error:
-            raise RuntimeError(str(error)) from None
-        length = self.arrays[array].chunk_bytes
-        if entry.length != length:
-            raise RuntimeError(f"{entry.key} has {entry.length} bytes, not {length}")
-        if self.offsets[array][cell] != _FREE:
-            raise RuntimeError(f"{entry.key} is there twice")
-        self.offsets[array][cell], self._sources[array][cell] = entry.offset, source
-
-    def written(self) -> Iterator[tuple[zarr3.Array, str, int]]:
-        """Every chunk with its array, its key and its offset, negative when it is not there."""
-        for a, offsets in zip(self.arrays, self.offsets, strict=True):
-            yield from zip(itertools.repeat(a), a.keys(), offsets.tolist(), strict=False)
-
-    def database(self) -> Iterator[ocdbt.Entry]:
-        """The chunks that are there, and `zarr.json` of the arrays that have any, in the order of keys."""
-        for i in self.key_order():
-            a = self.arrays[i]
-            cells = zip(a.keys(), self.offsets[i].tolist(), self._sources[i].tolist(), strict=True)
-            there = sorted((key.encode(), offset, source) for key, offset, source in cells if offset >= 0)
-            for key, offset, source in there:
-                yield ocdbt.Entry(key, ocdbt.Location(self.files[source], offset, a.chunk_bytes))
-            if there or not a.chunks:
-                yield ocdbt.Entry(a.metadata_key.encode(), a.metadata)
+def _chunks(specs: Sequence[ArraySpec]) -> zarr3.Chunks:
+    for a in specs:
+        if not all(a.path) or a.path[:1] in ((), ("step",), ("opt_state",)):
+            raise ValueError(f"{a.path} cannot be the path of an array beside `step` and `opt_state`")
+        if len(a.partition) != len(a.shape):
+            raise ValueError(f"{a.name} has shape {a.shape} and partition {a.partition}")
+    return zarr3.Chunks(zarr3.Array(a.name, a.shape, a.dtype, a.chunk) for a in specs)
 
 
-def _collect(root: Path, chunks: _Chunks) -> None:
-    """Add what one process wrote.
-
-    TensorStore decodes: what was encoded here is read back by its intended reader, checksums included.
-    """
+def _collect(root: Path, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> None:
+    """Add to `chunks` and `files` what one process wrote, as TensorStore decodes it from the index."""
     import tensorstore as ts  # here, since processes that only move bytes start without it
 
     if not (root / "manifest.ocdbt").exists():
         raise RuntimeError(f"the writer of {root.name} was not closed")
     metadata = {a.metadata_key: a.metadata for a in chunks.arrays}
-    sources: dict[str, tuple[int, int]] = {}  # by file: its number, its size in bytes
+    known: dict[str, tuple[int, int]] = {}  # the process's files: number, bytes
     store = ts.KvStore.open({"driver": "file", "path": f"{root}/"}).result()
     nodes = [(ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"], b"")]
     while nodes:
@@ -399,13 +354,25 @@ def _collect(root: Path, chunks: _Chunks) -> None:
                 continue
             # "value:<base>:<file>:<offset>:<length>", the base empty in a database of its own
             file, offset, length = entry["indirect_value"].removeprefix("value::").rsplit(":", 2)
-            if file not in sources:
-                sources[file] = len(chunks.files), (root / file).stat().st_size
-                chunks.files.append(ocdbt.DataFile(f"{root.name}/".encode(), file.encode()))
-            source, size = sources[file]
+            if file not in known:
+                known[file] = len(files), (root / file).stat().st_size
+                files.append(ocdbt.DataFile(f"{root.name}/".encode(), file.encode()))
+            number, size = known[file]
             if int(offset) + int(length) > size:
                 raise RuntimeError(f"{root.name}: {key} ends beyond the {size} bytes of {file}")
-            chunks.add(Entry(key, int(offset), int(length)), source)
+            try:
+                chunks.add(key, int(offset), int(length), number)
+            except ValueError as error:
+                raise RuntimeError(f"{root.name}: {error}") from None
+
+
+def _entries(chunks: zarr3.Chunks, files: Sequence[ocdbt.DataFile]) -> Iterator[ocdbt.Entry]:
+    """The chunks that are there, and `zarr.json` of the arrays that have any, in the order of keys."""
+    for a, there in chunks.by_key():
+        for key, offset, file in there:
+            yield ocdbt.Entry(key, ocdbt.Location(files[file], offset, a.chunk_bytes))
+        if there or not a.chunks:
+            yield ocdbt.Entry(a.metadata_key.encode(), a.metadata)
 
 
 def _write_database(root: Path, entries: Iterable[ocdbt.Entry]) -> None:

@@ -1,9 +1,9 @@
-"""zarr v3 arrays as TensorStore stores them: the text of `zarr.json`, chunk keys, the bytes of chunks.
+"""zarr v3 arrays as TensorStore stores them: the text of `zarr.json`, chunks' keys, places and bytes.
 
-Fields: the zarr v3 core specification, "Array metadata", "Regular grids" and "Chunk key encoding". The text
-(keys in alphabetical order, no spaces, the fill value written out) is TensorStore's own. Orbax nests each
-chunk in a `sharding_indexed` codec; here a chunk is a plain chunk, which every zarr v3 reader takes, and which
-is nothing but the elements' bytes.
+Fields: zarr v3's core specification, "Array metadata", "Regular grids" and "Chunk key encoding". The text
+(keys in alphabetical order, no spaces, the fill value written out) is TensorStore's own. Orbax nests chunks
+in a `sharding_indexed` codec; here a chunk is a plain chunk, which every zarr v3 reader takes, and which is
+nothing but the elements' bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +38,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in _NUMPY_TYPES},
     **{name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_TYPES},
 }
+ABSENT = -1  # instead of a chunk's offset
+
 _FILL_VALUES: dict[str, Any] = {"b": False, "i": 0, "u": 0, "c": [0.0, 0.0]}  # by numpy's kind; else 0.0
 
 
@@ -134,8 +136,8 @@ class Array:
     def data(self, index: Sequence[int], data: memoryview | npt.NDArray[Any]) -> memoryview:
         """The bytes to store for a chunk, not copied if `data` has them as they are.
 
-        `data`: all bytes of a whole chunk; or an ndarray of the chunk's shape; or one of the part of the chunk
-        that lies inside the array, which is padded to a whole chunk with the fill value, zero.
+        `data`: all bytes of a whole chunk; or an ndarray of the chunk's shape; or one of the part of the
+        chunk that lies inside the array, which is padded to a whole chunk with the fill value, zero.
 
         Raises:
             ValueError: `data` is none of these.
@@ -162,30 +164,49 @@ class Array:
         return view
 
 
-class Store:
-    """The arrays of one key-value store, found by their chunks' keys.
+class Chunks:
+    """Where the chunks of a store's arrays are: of each array, by cell, an offset and a file's number.
+
+    Offsets are in bytes; one below zero says that the chunk is nowhere. Memory: 10 bytes for each chunk.
 
     Raises:
         ValueError: two arrays of one name.
     """
 
-    def __init__(self, arrays: Sequence[Array]) -> None:
+    def __init__(self, arrays: Iterable[Array]) -> None:
         self.arrays = tuple(arrays)
+        self.offsets = [np.full(a.chunks, ABSENT, dtype=np.int64) for a in self.arrays]
+        self._files = [np.zeros(a.chunks, dtype=np.int16) for a in self.arrays]
         self._by_name = {a.name: i for i, a in enumerate(self.arrays)}
         if len(self._by_name) != len(self.arrays):
             raise ValueError("two arrays have the same name")
 
     def locate(self, key: str) -> tuple[int, int]:
-        """The position of the array and the cell of a chunk. ValueError when no array has a chunk of this key."""
-        name, *rest = key.split("/")
-        array = self._by_name.get(name)
-        if array is None or rest[:1] != ["c"] or not all(n.isdecimal() for n in rest[1:]):
+        """The position of the array and the cell of the chunk of this key. ValueError when there is none."""
+        name, *index = key.split("/")
+        if name not in self._by_name or index[:1] != ["c"]:
             raise ValueError(f"no array has a chunk {key}")
-        return array, self.arrays[array].cell([int(n) for n in rest[1:]])
+        array = self._by_name[name]
+        return array, self.arrays[array].cell(list(map(int, index[1:])))
 
-    def key_order(self) -> list[int]:
-        """The positions of the arrays in the order of their keys.
+    def add(self, key: str, offset: int, length: int, file: int) -> None:
+        """Say where a chunk is. ValueError when no array has it, it has another length, or it is known."""
+        array, cell = self.locate(key)
+        if length != self.arrays[array].chunk_bytes:
+            raise ValueError(f"{key} has {length} bytes, not {self.arrays[array].chunk_bytes}")
+        if self.offsets[array][cell] != ABSENT:
+            raise ValueError(f"{key} is there twice")
+        self.offsets[array][cell], self._files[array][cell] = offset, file
 
-        In keys, names end with a slash: `a.b/…` comes after `a.b.c/…`, since a dot sorts before it.
-        """
-        return sorted(range(len(self.arrays)), key=lambda i: self.arrays[i].metadata_key.encode())
+    def by_cell(self) -> Iterator[tuple[Array, str, int]]:
+        """Every chunk's array, key and offset, array by array, cell by cell."""
+        for a, offsets in zip(self.arrays, self.offsets, strict=True):
+            yield from zip(itertools.repeat(a), a.keys(), offsets.tolist(), strict=False)
+
+    def by_key(self) -> Iterator[tuple[Array, list[tuple[bytes, int, int]]]]:
+        """The arrays in the order of their keys; of each, key, offset and file of the chunks there are."""
+        columns = zip(self.arrays, self.offsets, self._files, strict=True)
+        # In keys, names end with a slash: "a.b/…" comes after "a.b.c/…", since a dot sorts before it.
+        for a, offsets, files in sorted(columns, key=lambda column: column[0].metadata_key.encode()):
+            cells = zip(map(str.encode, a.keys()), offsets.tolist(), files.tolist(), strict=True)
+            yield a, sorted(cell for cell in cells if cell[1] >= 0)

@@ -38,18 +38,18 @@ class Scale(Op):
         check_float(input, self.name)
         if _float32(self.factor, self.name) == 0:
             raise OpError("`scale` by 0 loses the tensor")
+        _float32(1.0 / float(np.float32(self.factor)), self.name)
         return TensorType(input.axes, "float32")
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
-        out: Array = arrays[0].astype(np.float32) * np.float32(self.factor)
-        return out
+        return np.asarray(arrays[0].astype(np.float32) * np.float32(self.factor))
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return _math(parts[0], ("scale", float(np.float32(self.factor))))
 
     def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        exact = abs(math.frexp(float(np.float32(self.factor)))[0]) == 0.5
-        return (Inverse((Scale(1.0 / float(np.float32(self.factor))),), rounds=not exact),)
+        exact = abs(math.frexp(float(np.float32(self.factor)))[0]) == 0.5 and _in_float32(inputs[0].dtype)
+        return (Inverse((Scale(1.0 / float(np.float32(self.factor))), *_back(inputs[0].dtype)), rounds=not exact),)
 
     def describe(self) -> str:
         return f"scale {float(np.float32(self.factor)):.9g}"
@@ -57,7 +57,7 @@ class Scale(Op):
 
 @dataclass(frozen=True, slots=True)
 class Add(Op):
-    """Plus `term` (rounded to float32), in float32. The shape stays; the dtype is float32 until a cast. The inverse rounds in general."""
+    """Plus `term` (rounded to float32), in float32. The shape stays; the dtype is float32 until a cast. The inverse rounds."""
 
     term: float
     name = "add"
@@ -69,17 +69,26 @@ class Add(Op):
         return TensorType(input.axes, "float32")
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
-        out: Array = arrays[0].astype(np.float32) + np.float32(self.term)
-        return out
+        return np.asarray(arrays[0].astype(np.float32) + np.float32(self.term))
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return _math(parts[0], ("add", float(np.float32(self.term))))
 
     def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        return (Inverse((Add(-float(np.float32(self.term))),), rounds=self.term != 0),)
+        # Even adding 0 is not undone bit for bit: it makes 0 of -0.
+        return (Inverse((Add(-float(np.float32(self.term))), *_back(inputs[0].dtype)), rounds=True),)
 
     def describe(self) -> str:
         return f"add {float(np.float32(self.term)):.9g}"
+
+
+def _in_float32(dtype: str) -> bool:
+    return dtype == "float32" or dtype in _HOLDS["float32"]
+
+
+def _back(dtype: str) -> tuple[Op, ...]:
+    """The cast from float32 to what the input was."""
+    return () if dtype == "float32" else (Cast(dtype),)
 
 
 # Which floats hold all values of which: a cast along these is exact both ways.

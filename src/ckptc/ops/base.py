@@ -64,7 +64,8 @@ class Sugar(Op):
 
     @final
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
-        return infer_chain(self.expand(inputs[0]), inputs[0])
+        input = one(inputs, self.name)
+        return infer_chain(self.expand(input), input)
 
     @final
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:

@@ -70,15 +70,14 @@ class DequantBlockFp8(Decode):
         for i, b in enumerate(self.block):
             index = np.arange(values.shape[lead + i]) // b
             scales = np.take(scales, index, axis=lead + i)
-        out: Array = values * scales
-        return out
+        return np.asarray(values * scales)
 
     def describe(self) -> str:
         return f"dequant_block_fp8 {'x'.join(map(str, self.block))}"
 
 
 # The sixteen values of e2m1, by code: OCP Microscaling Formats (MX) specification 1.0, section 5.3.3.
-E2M1 = np.arange(16, dtype=np.uint8).astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 MX_GROUP = 32  # elements that share a scale (same specification, section 5.1)
 
 
@@ -106,8 +105,9 @@ class DequantMxfp4(Decode):
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
         codes = arrays[0].view(np.uint8)
         pairs = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:-1], MX_GROUP)
-        # ldexp is exact, also at the ends of the exponent's range.
-        values = np.ldexp(E2M1[pairs], arrays[1].view(np.uint8).astype(np.int32)[..., None] - 127)
+        scales = arrays[1].view(np.uint8)[..., None]
+        # ldexp is exact, also at the ends of the exponent's range. Scale 255 is NaN, even for codes of zero.
+        values = np.where(scales == 255, np.float32(np.nan), np.ldexp(E2M1[pairs], scales.astype(np.int32) - 127))
         return values.reshape(*codes.shape[:-2], -1).astype(np.float32)
 
     def describe(self) -> str:

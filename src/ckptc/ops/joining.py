@@ -19,7 +19,7 @@ def _alike(inputs: Sequence[TensorType], op: str, skip: int | None = None) -> No
     first = inputs[0]
     for other in inputs[1:]:
         same = len(first.axes) == len(other.axes) and all(
-            a == b or i == skip for i, (a, b) in enumerate(zip(first.axes, other.axes, strict=True))
+            a == b or (i == skip and a.name == b.name) for i, (a, b) in enumerate(zip(first.axes, other.axes, strict=True))
         )
         if not same or first.dtype != other.dtype:
             raise OpError(f"`{op}` joins arrays of one type, but there are {first} and {other}")

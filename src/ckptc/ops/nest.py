@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
-
-from ckptc.ops.types import OpError
+from math import gcd, prod
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,33 +132,56 @@ def split_axis(axis: AxisMap, inner: int) -> list[tuple[AxisMap, AxisMap, int, i
     """One axis as two, the second of size `inner`: pieces (outer map, inner map, added base, added first).
 
     One piece where the axis starts on a row of the new shape; where it begins or ends inside one, the incomplete rows are pieces of their own.
+    Factors that do not fit the rows (a transposed 3x4 as 2x6) are cut where rows begin, once for each way they meet them.
     """
     rows = sorted({axis.start, -(-axis.start // inner) * inner, axis.stop // inner * inner, axis.stop})
     cuts = [r for r in rows if axis.start <= r <= axis.stop]
     out = []
     for low, high in zip(cuts, cuts[1:], strict=False):
         for m, step, tensor in restrict(axis, low, high):
-            moved = AxisMap(m.start + low, m.factors)
-            outer_map, inner_map = _split_aligned(moved, inner)
-            out.append((outer_map, inner_map, step, tensor))
+            pieces = _split(m.start + low, (), _joined(m.factors), inner)
+            out += [(outer, rest, step + s, tensor + t) for outer, rest, s, t in pieces]
     return out
 
 
-def _split_aligned(axis: AxisMap, inner: int) -> tuple[AxisMap, AxisMap]:
-    outer_factors: list[Factor] = []
-    inner_factors: list[Factor] = []
-    for f in axis.factors:
-        if f.weight % inner == 0:
-            outer_factors.append(replace(f, weight=f.weight // inner))
-        elif axis.start % inner + f.weight * (f.size - 1) < inner:
-            inner_factors.append(f)
-        elif inner % f.weight == 0 and f.size % (inner // f.weight) == 0:
-            n = inner // f.weight
-            outer_factors.append(Factor(f.size // n, 1, f.step * n, f.tensor * n))
-            inner_factors.append(replace(f, size=n))
-        else:
-            raise OpError(f"an axis that is not whole rows cannot be split into rows of {inner}")
-    pair = AxisMap(axis.start // inner, tuple(outer_factors)), AxisMap(axis.start % inner, tuple(inner_factors))
-    if pair[1].stop > inner:
-        raise OpError(f"an axis that is not whole rows cannot be split into rows of {inner}")
-    return pair
+def _joined(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    """The same loops with adjacent ones that advance as one made one."""
+    out: list[Factor] = []
+    for f in factors:
+        if out and out[-1] == replace(f, size=out[-1].size, weight=f.weight * f.size, step=f.step * f.size, tensor=f.tensor * f.size):
+            out[-1] = replace(f, size=f.size * out[-1].size)
+        elif f.size > 1:
+            out.append(f)
+    return tuple(out)
+
+
+def _split(
+    start: int, outer: tuple[Factor, ...], rest: tuple[Factor, ...], inner: int
+) -> Iterator[tuple[AxisMap, AxisMap, int, int]]:
+    """`outer` counts whole rows already; `rest` is to be divided between rows and the inside of a row."""
+    while rest and rest[0].weight % inner == 0:
+        outer, rest = (*outer, replace(rest[0], weight=rest[0].weight // inner)), rest[1:]
+    stop = AxisMap(start, rest).stop
+    if start % inner + stop - start <= inner:
+        yield AxisMap(start // inner, outer), AxisMap(start % inner, rest), 0, 0
+        return
+    f = rest[0]
+    period = inner // gcd(f.weight, inner)  # iterations after which it meets the rows as it did at first
+    if f.size > period:
+        turns, left = divmod(f.size, period)
+        loop = Factor(turns, f.weight * period // inner, f.step * period, f.tensor * period)
+        yield from _split(start, (*outer, loop) if turns > 1 else outer, (replace(f, size=period), *rest[1:]), inner)
+        if left:
+            done = turns * period
+            last = (replace(f, size=left), *rest[1:]) if left > 1 else rest[1:]
+            for a, b, step, tensor in _split(start + done * f.weight, outer, last, inner):
+                yield a, b, step + done * f.step, tensor + done * f.tensor
+        return
+    if f.weight > inner:
+        for i in range(f.size):
+            for a, b, step, tensor in _split(start + i * f.weight, outer, rest[1:], inner):
+                yield a, b, step + i * f.step, tensor + i * f.tensor
+        return
+    for row in range(start // inner, -(-stop // inner)):
+        for m, step, tensor in restrict(AxisMap(start, rest), row * inner, (row + 1) * inner):
+            yield AxisMap(row, outer), m, step, tensor

@@ -40,8 +40,8 @@ def parse_pattern(text: str) -> Pattern:
     """Parse one or two sides. Raises PatternError with the position."""
     sides: list[list[Group]] = [[]]
     group: list[str] | None = None
-    opened, position = 0, 0
-    while text[position:].strip():
+    opened, position, end = 0, 0, len(text.rstrip())
+    while position < end:
         match = _TOKEN.match(text, position)
         if match is None:
             at = position + len(text[position:]) - len(text[position:].lstrip())

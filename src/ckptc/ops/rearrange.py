@@ -11,6 +11,7 @@ import numpy as np
 from ckptc.ops.base import Array, Inverse, Op, Parts, one
 from ckptc.ops.nest import AxisMap, Part, merge_axes, split_axis
 from ckptc.ops.pattern import Group, show
+from ckptc.ops.rename import Rename
 from ckptc.ops.types import Axis, OpError, TensorType
 
 SizedGroup = tuple[Axis, ...]
@@ -36,6 +37,10 @@ class Rearrange(Op):
 
     def __post_init__(self) -> None:
         lefts, rights = [a for g in self.left for a in g], [a for g in self.right for a in g]
+        for names in ([a.name for a in lefts], [a.name for a in rights]):
+            if len(set(names)) < len(names):
+                twice = " ".join(sorted({n for n in names if names.count(n) > 1}))
+                raise OpError(f"an axis stands once on each side of a pattern; more often: {twice}")
         for here, there, side in ((lefts, rights, "left"), (rights, lefts, "right")):
             only = [a.name for a in here if a not in there]
             if only:
@@ -71,7 +76,9 @@ class Rearrange(Op):
         return out
 
     def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        return (Inverse((Rearrange(self.right, self.left),)),)
+        # An axis of the input may have had another name than its group, `rows` for `(heads head_dim)`.
+        names = [(i, a.name) for i, (g, a) in enumerate(zip(self.left, inputs[0].axes, strict=True)) if fused(g).name != a.name]
+        return (Inverse((Rearrange(self.right, self.left), *(Rename(i, name) for i, name in names))),)
 
     def describe(self) -> str:
         return f"{show(_names(self.left))} -> {show(_names(self.right))}"

@@ -34,7 +34,7 @@ class Slice(Op):
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
         index = tuple(begin if drop else slice(begin, end) for begin, end, drop in self._kept(inputs[0]))
-        out: Array = arrays[0][index]
+        out: Array = arrays[0][(*index, ...)]  # with `...` a single element stays an array
         return out
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
@@ -47,8 +47,11 @@ class Slice(Op):
 
     def _kept(self, input: TensorType) -> list[tuple[int, int, bool]]:
         kept = [(0, axis.size, False) for axis in input.axes]
+        names = [name for name, _, _ in self.cuts]
         for name, begin, end in self.cuts:
             position = input.find(name)
+            if names.count(name) > 1:
+                raise OpError(f"`slice` cuts axis `{name}` twice")
             size = input.axes[position].size
             stop = begin + 1 if end is None else end
             if not 0 <= begin < stop <= size:

@@ -65,14 +65,15 @@ class TensorType:
 @lru_cache(maxsize=64)
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
     """The numpy dtype of a name, ml_dtypes' included. Raises OpError for an unknown name."""
+    known = getattr(ml_dtypes, name, name)
     try:
-        return np.dtype(getattr(ml_dtypes, name))
-    except AttributeError:
-        pass
-    try:
-        return np.dtype(name)
-    except TypeError:
+        dtype = np.dtype(known if isinstance(known, type) else name)
+    except (TypeError, ValueError, SyntaxError):
         raise OpError(f"`{name}` is not a dtype") from None
+    # One spelling each (not `f4`), and numbers only; ml_dtypes has other things by name too, and numpy makes objects of them.
+    if dtype.name != name or dtype.kind not in "biufcV" or dtype.type is np.void:
+        raise OpError(f"`{name}` is not a dtype")
+    return dtype
 
 
 @lru_cache(maxsize=64)

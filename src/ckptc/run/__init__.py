@@ -1,0 +1,1 @@
+"""The executor: it runs a plan, and knows nothing of mappings."""
