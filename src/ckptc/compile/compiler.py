@@ -19,6 +19,7 @@ from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.expand import expand
 from ckptc.compile.fold import Folded, fold
 from ckptc.compile.options import Options
+from ckptc.compile.scope import Scope
 from ckptc.compile.schedule import account, choose, read_ratio, shard_counts, unit_budget
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.graph import Graph, Leaf, Target, ops_of
@@ -40,14 +41,9 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
 
     Raises InputError with everything that is wrong, found before a byte of weight data is read.
     """
-    if options.layout in mapping.unsupported:
-        raise fail(
-            "unsupported-layout", f"{model.name} has no {options.layout} layout: {mapping.unsupported[options.layout]}",
-            span=mapping.document.span(("unsupported", options.layout)),
-            help="use --no-scan" if options.layout == "scanned" else "use --scan",
-        )  # fmt: skip
     config = checkpoint.config if checkpoint and checkpoint.config else model.config
     dims = evaluate_dims(mapping, model, config, options.set)
+    _supported(mapping, model, options, {**dims, "config": config, "multimodal": options.multimodal})
     tensors = checkpoint.tensors if checkpoint else None
     naming, graph = _expand(mapping, options, dims, config, tensors)
     for step in PASSES:
@@ -55,6 +51,18 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
     folded = fold(graph)
     left_out = coverage(graph, folded, tensors if tensors is not None else {})
     return _assemble(mapping, model, options, dims, naming, graph, folded, left_out, checkpoint)
+
+
+def _supported(mapping: Mapping, model: Model, options: Options, names: MappingOf[str, Any]) -> None:
+    scope = Scope(mapping.document, names)
+    for entry in mapping.unsupported:
+        if entry.layout == options.layout and scope.holds(entry.when, dict(names), entry.where):
+            raise fail(
+                "unsupported-layout", f"{model.name} has no {options.layout} layout: {entry.reason}", span=mapping.document.span((*entry.where, "reason")),
+                help="use --no-scan" if options.layout == "scanned" else "use --scan",
+            )  # fmt: skip
+    if options.multimodal and not mapping.multimodal:
+        raise fail("unsupported-layout", f"{model.name} has no vision or audio towers", help="leave out --multimodal")
 
 
 def _expand(
@@ -70,7 +78,7 @@ def _expand(
 
     best: tuple[int, str, Graph] | None = None
     for naming, values in mapping.sources.items():
-        graph = verify(expand(mapping, options, dims, {**dims, **values, "config": config}, stored), "expand")
+        graph = verify(expand(mapping, options, dims, {**dims, **values, "config": config, "multimodal": options.multimodal}, stored), "expand")
         absent = missing(graph, tensors) if tensors is not None else 0
         if best is None or absent < best[0]:
             best = (absent, naming, graph)
@@ -97,7 +105,7 @@ def _assemble(
             ckptc.__version__, model.name, mapping.family, model.repo, sha256(mapping.document.text.encode()),
             source_digest(checkpoint) if checkpoint else None,
         ),
-        choices=plan.Choices(options.layout, options.dtype, options.shards, options.memory, naming, tuple(dims.items())),
+        choices=plan.Choices(options.layout, options.dtype, options.multimodal, options.shards, options.memory, naming, tuple(dims.items())),
         files=tuple(plan.File(f.name, f.size, f.header_digest) for f in checkpoint.files) if checkpoint else (),
         tensors=table.rows(),
         arrays=arrays,

@@ -11,8 +11,9 @@ from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 
 from ckptc.compile.fold import Folded
+from ckptc.compile.scope import matches
 from ckptc.diagnostics import Diagnostic, InputError, Span, nearest
-from ckptc.ir.graph import Graph
+from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.source import SourceTensor
 
 SHOWN = 8  # names of unconsumed tensors that one error lists
@@ -48,6 +49,7 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
     read: defaultdict[str, int] = defaultdict(int)  # elements of each tensor that some rule reads
     size: dict[str, int] = {}  # elements of each tensor, decoded
     scales: set[str] = set()
+    partial = {n for t in graph.targets if t.partial for leaf in leaves(t.node) for n in leaf.tensors}
     rule: dict[str, Span] = {}  # names with `#` for numbers, and the rule that consumes them
     for target, fold in zip(graph.targets, folded, strict=True):
         for number, leaf in enumerate(fold.leaves):
@@ -60,12 +62,11 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
                 scales.update(leaf.decoded.scales)
     problems, left, out = [], [n for n in tensors if n not in read and n not in scales], []
     for ignored in graph.ignored:
-        match = re.compile("".join(".*" if c == "*" else re.escape(c) for c in ignored.pattern)).fullmatch
-        both = [n for n in read if match(n)] if tensors else []
+        both = [n for n in read if matches(ignored.pattern, n)] if tensors else []
         if both:
             problems.append(Diagnostic("ignored-and-consumed", f"`{both[0]}` is ignored, but a rule consumes it", ignored.span))
-        out.append(LeftOut(ignored.pattern, ignored.reason, tuple(n for n in left if match(n))))
-        left = [n for n in left if not match(n)]
+        out.append(LeftOut(ignored.pattern, ignored.reason, tuple(n for n in left if matches(ignored.pattern, n))))
+        left = [n for n in left if not matches(ignored.pattern, n)]
     if left:
         notes = [f"`{n}` {tensors[n].dtype}{list(tensors[n].shape)}" for n in left[:SHOWN]]
         notes += [f"and {len(left) - SHOWN} more"] if len(left) > SHOWN else []
@@ -79,10 +80,10 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
         )
     for target, fold in zip(graph.targets, folded, strict=True):
         for leaf in fold.leaves:
-            short = next((n for n in leaf.tensors if read[n] < size[n]), None)
+            short = next((n for n in leaf.tensors if read[n] < size[n] and n not in partial), None)
             if short:
                 what = f"rules read {read[short]} of the {size[short]} elements of `{short}`"
-                problems.append(Diagnostic("partly-consumed-tensor", what, leaf.span, (f"rule: {target.rule}",), "another rule should take the rest"))
+                problems.append(Diagnostic("partly-consumed-tensor", what, leaf.span, (f"rule: {target.rule}",), "another rule should take the rest, or `partial` say why it is left"))
     if problems:
         raise InputError(_first_of_each(problems))
     return tuple(out)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptc.compile.options import Options
-from ckptc.compile.scope import Names, Scope
+from ckptc.compile.scope import Names, Scope, matches
 from ckptc.compile.vocabulary import build_op
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.graph import Apply, Decoded, Fill, Graph, Ignored, Leaf, Node, Target
@@ -118,7 +118,7 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
         node = _Chain(work, rule, here, points).build()
         axes = tuple(None if a == "_" else a for a in rule.axes.split()) if rule.axes else ()
         label = f"{here.block}: {rule.target}" if here.block else rule.target
-        work.targets.append(Target(path, node, label, scope.document.key_span(rule.where), axes))
+        work.targets.append(Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial))
 
 
 class _Chain:
@@ -162,6 +162,7 @@ class _Chain:
             raise self.scope.error(where, f"`{clash[0]}` is a stacking variable of the layout, not an axis of this tensor", "invalid-pattern")
         each = _bare(left, self.work.stored(tensors[0]))
         node: Node = Leaf(tensors, (*self.here.grid, *inner), each, self.scope.span((*origin.where, "from")))
+        node = self._decoded(node)
         if pattern.right is None and inner:
             missing = " ".join(a.name for a in inner)
             raise self.scope.error(where, f"stacking axis `{missing}` has no place", "invalid-pattern", help=f"say where it goes: `{pattern_text} -> {missing} {pattern_text}`")
@@ -212,6 +213,20 @@ class _Chain:
             node = self._op(Rearrange((new, *old), (*old[: self.batch], new, *old[self.batch :])), (node,), spec.where)
         return node
 
+    def _decoded(self, leaf: Leaf) -> Leaf:
+        """The leaf, decoded where an entry of `decode` matches its tensors and their stored dtype."""
+        for entry in self.work.mapping.decode:
+            name = leaf.tensors[0]
+            if not matches(entry.source, name) or self.work.stored(name) != entry.stored or not self.scope.holds(entry.when, self.names, entry.where):
+                continue
+            where = (*entry.op.where, "scales")
+            template = entry.op.argument["scales"]
+            scales = [self.scope.text(template, {**self.names, "name": n, "stem": n.removesuffix(".weight")}, where) for n in leaf.tensors]
+            op = build_op(entry.op, leaf.each, 0, self.scope, self.names)
+            assert isinstance(op, Decode)
+            return self._decoded_leaf(op, leaf, scales, entry.op.where)
+        return leaf
+
     def _decode(self, op: Decode, spec: OpSpec, nodes: tuple[Node, ...]) -> Node:
         leaf = nodes[0]
         if len(nodes) != 1 or not isinstance(leaf, Leaf):
@@ -222,11 +237,14 @@ class _Chain:
             for point, prefix in zip(self.points, self.here.prefixes, strict=True)
             for p in self.scope.stack(self.rule.stack, point, self.rule.where)[1]
         ]
+        return self._decoded_leaf(op, leaf, names, spec.where)
+
+    def _decoded_leaf(self, op: Decode, leaf: Leaf, names: list[str], where: Path_) -> Leaf:
         try:
             scale = TensorType(tuple(Axis("", n) for n in op.scales_shape(leaf.each)), self.work.stored(names[0]))
             each = op.infer([leaf.each, scale])
         except OpError as error:
-            raise self._op_error(error, nodes, spec.where) from None
+            raise self._op_error(error, (leaf,), where) from None
         return Leaf(leaf.tensors, leaf.grid, each, leaf.span, Decoded(op, leaf.each, tuple(names), scale))
 
     def _op(self, op: Op, nodes: tuple[Node, ...], where: Path_) -> Node:
@@ -246,7 +264,9 @@ class _Chain:
             return node
         axes = list(node.type.axes)
         rest, grid = axes[self.batch :], axes[: self.batch]
-        for position, axis in sorted(zip(self.here.axis, grid, strict=True), key=lambda p: p[0]):
+        first = self.rule.axis
+        positions = self.here.axis if first is None else tuple(first + n for n in range(self.batch))
+        for position, axis in sorted(zip(positions, grid, strict=True), key=lambda p: p[0]):
             if position > len(rest):
                 raise self.scope.error(self.rule.where, f"axis {position} for the layers is past the end of {node.type}", "op-mismatch")
             rest.insert(position, axis)

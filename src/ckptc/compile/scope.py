@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping as MappingOf, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,16 @@ from ckptc.spec.expressions import ExpressionError, Key, evaluate, render
 from ckptc.spec.mapping import LoopOver, Value
 
 Names = dict[str, Any]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `name` fits a pattern in which `*` stands for any run of characters."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("".join(".*" if c == "*" else re.escape(c) for c in pattern), re.DOTALL)
 
 
 class Scope:

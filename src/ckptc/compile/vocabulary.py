@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptc.compile.scope import Names, Scope
 from ckptc.ops import (
-    Add, Axis, Cast, Concat, DequantBlockFp8, DequantMxfp4, Interleave, Op, OpError, Pad, PermuteRope, Rearrange, ReshapeHeads, Scale, Slice,
+    Add, Axis, Cast, Concat, DequantBlockFp8, DequantMxfp4, Interleave, Op, OpError, Pad, PermuteRope, Rearrange, ReshapeHeads, Resize, Scale, Slice,
     Split, SplitLast, Stack, TensorType, Transpose,
 )  # fmt: skip
 from ckptc.ops.rearrange import SizedGroup
@@ -58,11 +58,9 @@ def build_op(spec: OpSpec, input: TensorType, batch: int, scope: Scope, names: N
             return Scale(_number(scope.value(argument, names, where)))
         case "add":
             return Add(_number(scope.value(argument, names, where)))
-        case "pad":
-            if len(argument) != 1:
-                raise OpError("`pad` lengthens one axis; give it once for each")
+        case "pad" | "resize":
             ((axis, size),) = argument.items()
-            return Pad(axis, integer(size))
+            return (Pad if spec.name == "pad" else Resize)(axis, integer(size))
         case "cast":
             return Cast(argument)
         case "dequant_block_fp8":

@@ -155,7 +155,7 @@ class Array:
                 whole[tuple(map(slice, inside))] = data
                 data = whole
             # As uint8, since ml_dtypes' types have no buffers.
-            data = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         view = data.cast("B")
         if view.nbytes != self.chunk_bytes:
             raise ValueError(

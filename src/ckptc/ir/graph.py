@@ -70,6 +70,7 @@ class Target:
     rule: str  # the rule's target as the mapping writes it, with its block's name: `decoder: mlp/wi_0/kernel`
     span: Span  # of the rule
     axes: tuple[str | None, ...] = ()  # logical axis names, one per axis
+    partial: str | None = None  # why part of a source tensor is not converted
 
     @property
     def type(self) -> TensorType:

@@ -1,4 +1,4 @@
-"""`pad`: a longer axis, with zeros at its end."""
+"""`pad` and `resize`: an axis at another size, with zeros at its end, or cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptc.ops.base import Array, Inverse, Op, Parts, one
+from ckptc.ops.base import Array, Inverse, Op, Parts, Sugar, one
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.ops.slicing import Slice
 from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
@@ -48,3 +48,25 @@ class Pad(Op):
 
     def describe(self) -> str:
         return f"pad {self.axis} to {self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resize(Sugar):
+    """`pad` where the axis is shorter than `size`, a slice of its beginning where it is longer. The dtype stays.
+
+    Exact where it pads; where it cuts, what is cut is lost, and the rule says why (`partial`).
+    """
+
+    axis: str
+    size: int
+    name = "resize"
+
+    def expand(self, input: TensorType) -> tuple[Op, ...]:
+        if self.size < 1:
+            raise OpError(f"`resize` to {self.size} leaves nothing")
+        if self.size < input.axes[input.find(self.axis)].size:
+            return (Slice(((self.axis, 0, self.size),)),)
+        return (Pad(self.axis, self.size),)
+
+    def describe(self) -> str:
+        return f"resize {self.axis} to {self.size}"

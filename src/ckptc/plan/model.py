@@ -132,6 +132,7 @@ class Choices:
 
     layout: str
     dtype: str
+    multimodal: bool
     shards: int
     memory: int
     naming: str  # which of the mapping's `sources`

@@ -49,6 +49,8 @@ class Rule:
     when: Value | None
     collection: str
     axes: str | None
+    axis: int | None  # of the layers, where it is not the layout's
+    partial: str | None  # why part of the source is not converted
     where: Path_
 
 
@@ -93,22 +95,39 @@ class Ignore:
 
 
 @dataclass(frozen=True)
+class Unsupported:
+    layout: str
+    reason: str
+    when: Value | None
+    where: Path_
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Tensors matching `source` that are stored as `stored` are decoded by `op`."""
+
+    source: str
+    stored: str
+    op: OpSpec
+    when: Value | None
+    where: Path_
+
+
+@dataclass(frozen=True)
 class Mapping:
     family: str
     title: str
     target: str
     dims: MappingOf[str, Value]
     models: MappingOf[str, Model]
-    unsupported: MappingOf[str, str]
+    multimodal: bool
+    unsupported: tuple[Unsupported, ...]
+    decode: tuple[Decoding, ...]
     sources: MappingOf[str, MappingOf[str, Value]]
     rules: tuple[Rule, ...]
     blocks: tuple[Block, ...]
     ignore: tuple[Ignore, ...]
     document: Document
-
-    def layouts(self) -> tuple[str, ...]:
-        """The layouts the target has for this family."""
-        return tuple(name for name in LAYOUTS if name not in self.unsupported)
 
 
 def load_mapping(path: Path, name: str | None = None) -> Mapping:
@@ -119,13 +138,25 @@ def load_mapping(path: Path, name: str | None = None) -> Mapping:
 
 
 @cache
+def load_shipped(path: Path) -> Mapping:
+    """One of the mappings that come with ckptc."""
+    return load_mapping(path, f"mappings/{path.name}")
+
+
+@cache
 def shipped() -> tuple[Mapping, ...]:
     """The mappings that come with ckptc, by family name."""
-    return tuple(sorted((load_mapping(p, f"mappings/{p.name}") for p in mapping_files()), key=lambda m: m.family))
+    return tuple(sorted((load_shipped(p) for p in mapping_files()), key=lambda m: m.family))
 
 
 def find_model(name: str, mappings: tuple[Mapping, ...] | None = None) -> tuple[Mapping, Model]:
     """The mapping and the model called `name`. Raises InputError `unknown-model`, naming the nearest."""
+    if mappings is None:
+        # Only the files that mention the name are read: parsing all of them is most of a short command's time.
+        named = [p for p in mapping_files() if f"{name}:" in p.read_text(encoding="utf-8")]
+        for mapping in (load_shipped(p) for p in named):
+            if name in mapping.models:
+                return mapping, mapping.models[name]
     among = shipped() if mappings is None else mappings
     for mapping in among:
         if name in mapping.models:
@@ -147,7 +178,14 @@ def _mapping(document: Document) -> Mapping:
         target=data["target"],
         dims=data["dims"],
         models=_models(document),
-        unsupported=data.get("unsupported", {}),
+        multimodal=data.get("multimodal", False),
+        unsupported=tuple(
+            Unsupported(u["layout"], u["reason"], u.get("when"), ("unsupported", n)) for n, u in enumerate(data.get("unsupported", []))
+        ),
+        decode=tuple(
+            Decoding(d["source"], d["stored"], _ops([d["op"]], ("decode", n))[0], d.get("when"), ("decode", n))
+            for n, d in enumerate(data.get("decode", []))
+        ),
         sources=data.get("sources", {"hub": {}}),
         rules=_rules(data.get("tensors", {}), ("tensors",)),
         blocks=tuple(_block(name, b, ("blocks", name)) for name, b in data.get("blocks", {}).items()),
@@ -206,7 +244,7 @@ def _rule(target: str, rule: dict[str, Any], where: Path_) -> Rule:
         origins = (Origin(source, rule.get("as"), (), where),)
     return Rule(
         target, origins, ops, rule.get("fill"), rule.get("dtype"), rule.get("for", {}), rule.get("stack", {}), rule.get("when"),
-        rule.get("collection", "params"), rule.get("axes"), where,
+        rule.get("collection", "params"), rule.get("axes"), rule.get("axis"), rule.get("partial"), where,
     )  # fmt: skip
 
 
