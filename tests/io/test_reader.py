@@ -151,12 +151,19 @@ def test_files_are_opened_when_first_read_and_closed_at_the_end(
 
 @needs_proc
 def test_open_files_are_bounded_and_the_least_recently_used_goes(
-    tmp_path: Path, files: list[SourceFile]
+    tmp_path: Path, files: list[SourceFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole, during = os.preadv, []
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        during.append(open_descriptors(tmp_path))
+        return whole(descriptor, buffers, offset)
+
+    monkeypatch.setattr("ckptc.io.reader.os.preadv", counting)
     with RangeReader(tmp_path, files, max_open=3) as reader:
         for file in (0, 1, 2, 0, 3, 4):
             read(reader, file, 0, 1)
-            assert open_descriptors(tmp_path) <= 3
+        assert during == [1, 2, 3, 3, 3, 3]
         assert set(reader._open) == {0, 3, 4}
 
 
@@ -322,6 +329,12 @@ def test_a_closed_reader_reads_no_more(tmp_path: Path, files: list[SourceFile]) 
     for file in (0, 1):
         with pytest.raises(ValueError, match="closed"):
             read(reader, file, 0, 1)
+
+
+def test_the_start_of_a_file_that_is_no_safetensors_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\xff" * 3_000_000)
+    size, head = read_start(tmp_path / "x", "x")
+    assert size == 3_000_000 and 16 <= len(head) <= 1 << 16
 
 
 # -- unchanged -----------------------------------------------------------------------------------------------

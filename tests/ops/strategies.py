@@ -24,6 +24,7 @@ from ckptc.ops import (
     PermuteRope,
     Rearrange,
     ReshapeHeads,
+    Resize,
     Scale,
     Slice,
     Split,
@@ -150,6 +151,8 @@ def op_for(draw: Draw, kind: type[Op], type_: TensorType) -> Op | None:
             end = draw(st.one_of(st.none(), st.integers(begin + 1, type_.axes[i].size)))
             cuts.append((type_.axes[i].name, begin, end))
         return Slice(tuple(cuts))
+    if kind is Resize:
+        return Resize(axis.name, draw(st.integers(1, axis.size + 5)))
     assert kind is Pad, kind
     return Pad(axis.name, axis.size + draw(st.integers(0, 5)))
 
@@ -203,7 +206,7 @@ def _mxfp4(draw: Draw) -> Case:
 # The laws hold for every op that is listed here; a test asserts that all of the vocabulary is.
 CASES: dict[type[Op], st.SearchStrategy[Case]] = {
     **{kind: _single(kind) for kind in (Rearrange, Transpose, Cast)},
-    **{kind: _single(kind, least=1) for kind in (ReshapeHeads, SplitLast, Split, Slice, Interleave, PermuteRope, Pad, Rename)},
+    **{kind: _single(kind, least=1) for kind in (ReshapeHeads, SplitLast, Split, Slice, Interleave, PermuteRope, Pad, Resize, Rename)},
     Scale: _single(Scale, NARROW),
     Add: _single(Add, NARROW),
     Concat: _concat(),
@@ -251,7 +254,7 @@ def apply(op: Op, inputs: Sequence[Made]) -> Made:
     )
 
 
-STEPS = (Rearrange, Rearrange, Transpose, ReshapeHeads, SplitLast, Split, Slice, Slice, Interleave, PermuteRope, Pad, Pad, Scale, Add, Cast)
+STEPS = (Rearrange, Rearrange, Transpose, ReshapeHeads, SplitLast, Split, Slice, Slice, Interleave, PermuteRope, Pad, Pad, Resize, Scale, Add, Cast)
 
 
 def _steps(draw: Draw, made: Made, count: int) -> Made:

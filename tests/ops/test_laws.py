@@ -19,7 +19,9 @@ from ckptc.ops import (
     DequantMxfp4,
     Op,
     OpError,
+    Pad,
     Rearrange,
+    Resize,
     Scale,
     Slice,
     Split,
@@ -32,7 +34,8 @@ from ckptc.ops.types import Axis
 from tests.ops.evaluate import Array, counters, dtype_of, elements, evaluate, same
 from tests.ops.strategies import CASES, STEPS, Made, apply, bits, boxes, chains, leaf, moderate, op_for, types
 
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
 ARITHMETIC = (Scale, Add)
 every_op = pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.name)
 
@@ -72,7 +75,8 @@ def test_the_inverse_gives_each_input_back(kind: type[Op], data: st.DataObject) 
     op, ins = data.draw(CASES[kind])
     inverses = op.inverse(ins)
     if inverses is None:
-        assert kind in (Slice, Split, DequantBlockFp8, DequantMxfp4)
+        cut = isinstance(op, Resize) and op.infer(ins).size < ins[0].size
+        assert cut or kind in (Slice, Split, DequantBlockFp8, DequantMxfp4)
         return
     assert kind not in (Slice, Split, DequantBlockFp8, DequantMxfp4)
     assert len(inverses) == len(ins)
@@ -217,7 +221,7 @@ def test_the_inverses_of_a_chain_undo_it_from_the_end(data: st.DataObject) -> No
 
 def test_a_pad_is_computed_with_like_everything_else() -> None:
     """Zeros where there was nothing, then 1 + 0."""
-    made = apply(Add(1.0), [apply(__import__("ckptc.ops", fromlist=["Pad"]).Pad("a", 4), [leaf(TensorType((Axis("a", 2),), "float32"), 0, 0, 0)])])
+    made = apply(Add(1.0), [apply(Pad("a", 4), [leaf(TensorType((Axis("a", 2),), "float32"), 0, 0, 0)])])
     assert made.array[2:].tolist() == [1.0, 1.0]
     check(made)
 

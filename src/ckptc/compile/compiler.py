@@ -1,15 +1,13 @@
 """The compiler: a mapping, a model and (where there is one) a checkpoint's headers become a plan. Pure; no I/O.
 
-    names -> expand -> check -> fold -> coverage -> schedule
-
-`PASSES` are the ones from graph to graph, with the verifier after each.
+    names -> expand -> unique_targets, check, fold, coverage -> schedule
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping as MappingOf
+from collections.abc import Mapping as MappingOf
 from typing import Any
 
 import ckptc
@@ -21,19 +19,15 @@ from ckptc.compile.fold import Folded, fold
 from ckptc.compile.options import Options
 from ckptc.compile.scope import Scope
 from ckptc.compile.schedule import account, choose, read_ratio, shard_counts, unit_budget
-from ckptc.diagnostics import InputError, fail
-from ckptc.ir.graph import Graph, Leaf, Target, ops_of
+from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ir.verify import verify
 from ckptc.ops.types import is_float, itemsize
 from ckptc.plan import model as plan
-from ckptc.spec.mapping import Mapping, Model
+from ckptc.spec.mapping import LAYOUTS, Mapping, Model
 
 Tensors = MappingOf[str, SourceTensor]
-PASSES: tuple[Callable[[Graph, Tensors | None], Graph], ...] = (
-    lambda graph, tensors: unique_targets(graph),
-    lambda graph, tensors: graph if tensors is None else check(graph, tensors),
-)
 
 
 def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: Checkpoint | None = None) -> plan.Plan:
@@ -43,14 +37,36 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
     """
     config = checkpoint.config if checkpoint and checkpoint.config else model.config
     dims = evaluate_dims(mapping, model, config, options.set)
-    _supported(mapping, model, options, {**dims, "config": config, "multimodal": options.multimodal})
+    _supported(mapping, model, options, {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype})
     tensors = checkpoint.tensors if checkpoint else None
     naming, graph = _expand(mapping, options, dims, config, tensors)
-    for step in PASSES:
-        graph = verify(step(graph, tensors), getattr(step, "__name__", "pass"))
     folded = fold(graph)
-    left_out = coverage(graph, folded, tensors if tensors is not None else {})
+    problems: list[Diagnostic] = []
+    left_out: tuple[LeftOut, ...] = ()
+    try:
+        unique_targets(graph)
+    except InputError as error:
+        problems += error.diagnostics
+    if tensors is not None:
+        try:
+            check(graph, tensors)
+        except InputError as error:
+            problems += error.diagnostics
+    try:
+        left_out = coverage(graph, folded, tensors or {})
+    except InputError as error:
+        problems += error.diagnostics
+    if problems:
+        raise InputError(dict.fromkeys(problems))
     return _assemble(mapping, model, options, dims, naming, graph, folded, left_out, checkpoint)
+
+
+def layouts(mapping: Mapping, model: Model) -> tuple[str, ...]:
+    """The layouts the target has for a model, judged by its shipped numbers."""
+    names = {**evaluate_dims(mapping, model, model.config, {}), "config": model.config, "multimodal": False, "dtype": "bfloat16"}
+    scope = Scope(mapping.document, names)
+    absent = {u.layout for u in mapping.unsupported if scope.holds(u.when, dict(names), u.where)}
+    return tuple(name for name in LAYOUTS if name not in absent)
 
 
 def _supported(mapping: Mapping, model: Model, options: Options, names: MappingOf[str, Any]) -> None:
@@ -78,7 +94,7 @@ def _expand(
 
     best: tuple[int, str, Graph] | None = None
     for naming, values in mapping.sources.items():
-        graph = verify(expand(mapping, options, dims, {**dims, **values, "config": config, "multimodal": options.multimodal}, stored), "expand")
+        graph = verify(expand(mapping, options, dims, {**dims, **values, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}, stored), "expand")
         absent = missing(graph, tensors) if tensors is not None else 0
         if best is None or absent < best[0]:
             best = (absent, naming, graph)
@@ -162,8 +178,7 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table) -> p
     stored = max((itemsize(s.dtype) for s in sources), default=0)
     cost = itemsize(dtype) + max(1, round(stored * read_ratio(folded.parts)))
     chunk, unit = choose(shape, folded.parts, shards, cost, unit_budget(options.memory))
-    ops = tuple(op.describe() for op in ops_of(target.node))
-    return plan.Array(target.path, shape, dtype, chunk, unit, shards, target.axes, target.rule, ops, sources, folded.parts)
+    return plan.Array(target.path, shape, dtype, chunk, unit, shards, target.axes, target.rule, target.steps, sources, folded.parts)
 
 
 def _source(leaf: Leaf, table: _Table) -> plan.Source:

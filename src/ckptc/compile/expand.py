@@ -115,10 +115,11 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
         if target.startswith("/") or "//" in target:
             raise scope.error(rule.where, f"`{target}` is not a path", "invalid-template")
         path = ("params", rule.collection, *(here.at + target).split("/"))
-        node = _Chain(work, rule, here, points).build()
+        chain = _Chain(work, rule, here, points)
+        node = chain.build()
         axes = tuple(None if a == "_" else a for a in rule.axes.split()) if rule.axes else ()
         label = f"{here.block}: {rule.target}" if here.block else rule.target
-        work.targets.append(Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial))
+        work.targets.append(Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial, tuple(chain.steps)))
 
 
 class _Chain:
@@ -128,6 +129,7 @@ class _Chain:
         self.work, self.rule, self.here, self.points = work, rule, here, points
         self.scope, self.names = work.scope, points[0]
         self.batch = len(here.grid)
+        self.steps: list[str] = []
 
     def build(self) -> Node:
         rule = self.rule
@@ -144,6 +146,7 @@ class _Chain:
         if dtype != node.type.dtype:
             where = (*rule.where, "dtype") if rule.dtype else rule.where
             node = self._op(Cast(dtype), (node,), where)
+            self.steps.append(f"cast {dtype}")
         return self._place_grid(node)
 
     def _origin(self, origin: Origin) -> Node:
@@ -175,6 +178,7 @@ class _Chain:
             except OpError as error:
                 raise self.scope.error(where, str(error), "invalid-pattern") from None
             node = self._op(op, (node,), where)
+            self.steps.append(" ".join(pattern_text.split()))
         for spec in origin.ops:
             node = self._apply(spec, (node,))
         return node
@@ -204,6 +208,7 @@ class _Chain:
             op = build_op(spec, nodes[0].type, self.batch, self.scope, self.names)
         except OpError as error:
             raise self._op_error(error, nodes, spec.where) from None
+        self.steps.append(" ".join(spec.argument.split()) if spec.name == "rearrange" else op.describe())
         if isinstance(op, Decode):
             return self._decode(op, spec, nodes)
         node = self._op(op, nodes, spec.where)
@@ -224,6 +229,7 @@ class _Chain:
             scales = [self.scope.text(template, {**self.names, "name": n, "stem": n.removesuffix(".weight")}, where) for n in leaf.tensors]
             op = build_op(entry.op, leaf.each, 0, self.scope, self.names)
             assert isinstance(op, Decode)
+            self.steps.append(op.describe())
             return self._decoded_leaf(op, leaf, scales, entry.op.where)
         return leaf
 
@@ -270,6 +276,7 @@ class _Chain:
             if position > len(rest):
                 raise self.scope.error(self.rule.where, f"axis {position} for the layers is past the end of {node.type}", "op-mismatch")
             rest.insert(position, axis)
+        self.steps.append(f"stack {' x '.join(str(a.size) for a in grid)} layers at axis {', '.join(map(str, positions))}")
         if axes == rest:
             return node
         return self._op(Rearrange(_single(axes), _single(rest)), (node,), self.rule.where)

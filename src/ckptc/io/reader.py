@@ -252,8 +252,7 @@ class RangeReader:
             done = 0
             try:
                 while done < len(view):  # Linux reads at most 2 GiB a call, and less when interrupted
-                    with view[done:] as rest:
-                        count = os.preadv(entry.descriptor, [rest], offset + done)
+                    count = os.preadv(entry.descriptor, [view[done:]], offset + done)
                     if count == 0:
                         size = os.fstat(entry.descriptor).st_size
                         raise self._wrong_size("source-truncated", file, size, offset + len(view))

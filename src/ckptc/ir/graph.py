@@ -71,6 +71,7 @@ class Target:
     span: Span  # of the rule
     axes: tuple[str | None, ...] = ()  # logical axis names, one per axis
     partial: str | None = None  # why part of a source tensor is not converted
+    steps: tuple[str, ...] = ()  # what is done, in the mapping's words with numbers, for people
 
     @property
     def type(self) -> TensorType:
@@ -97,12 +98,3 @@ def leaves(node: Node) -> list[Leaf]:
     if isinstance(node, Leaf):
         return [node]
     return [leaf for child in node.inputs for leaf in leaves(child)] if isinstance(node, Apply) else []
-
-
-def ops_of(node: Node) -> list[Op]:
-    """The ops from the leaves to the node, inputs first."""
-    if isinstance(node, Leaf):
-        return [node.decoded.op] if node.decoded else []
-    if isinstance(node, Fill):
-        return []
-    return [op for child in node.inputs for op in ops_of(child)] + [node.op]

@@ -17,7 +17,8 @@ def _math(parts: Parts, step: tuple[str, float | str]) -> Parts:
 
 
 def _float32(value: float, op: str) -> np.float32:
-    out = np.float32(value)
+    with np.errstate(all="ignore"):
+        out = np.float32(value)
     if not np.isfinite(out):
         raise OpError(f"`{op}` needs a finite number that float32 holds, not {value}")
     return out

@@ -6,6 +6,9 @@ ruamel.yaml composes the node tree; this module turns it into dicts, lists and s
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,37 @@ from ckptc.diagnostics import InputError, Span, fail
 Path_ = tuple[str | int, ...]
 
 MAX_DEPTH = 40
-MAX_BYTES = 1_000_000
+MAX_BYTES = 250_000  # reading takes up to 20 seconds per megabyte
+MAX_INTEGER = 10**18
 
-_SCALARS = {"null": lambda s: None, "bool": lambda s: s.lower() == "true", "int": lambda s: int(s.replace("_", ""), 0), "float": float}
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")  # what YAML counts as one; str.splitlines knows more
+
+
+def _integer(text: str) -> int:
+    value = int(text.replace("_", ""), 0)
+    if abs(value) > MAX_INTEGER:
+        raise ValueError
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):  # `yes`, under a `%YAML 1.1` directive
+        raise ValueError
+    return text.lower() == "true"
+
+
+def _null(text: str) -> None:
+    return None
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {"null": _null, "bool": _boolean, "int": _integer, "float": _number}
 
 
 @dataclass
@@ -50,7 +81,8 @@ class Document:
         Quoted scalars shift by their opening quote; a scalar with escapes or of several lines gives the whole value.
         """
         whole = self.span(path)
-        line = self.text.splitlines()[whole.line - 1] if whole.line <= len(self.text.splitlines()) else ""
+        lines = _LINE_BREAK.split(self.text)
+        line = lines[whole.line - 1] if whole.line <= len(lines) else ""
         shown = line[whole.column - 1 : whole.column - 1 + whole.length]
         quote = 1 if shown[:1] in ("'", '"') else 0
         if "\\" in shown or "''" in shown or start + length > len(shown) - 2 * quote:
@@ -76,6 +108,7 @@ def load(path: Path, name: str | None = None) -> Document:
 
 def parse(text: str, name: str) -> Document:
     """Parse YAML text. Raises InputError with code `invalid-yaml` or `duplicate-key`."""
+    text = text.removeprefix("\ufeff")
     document = Document(name, text)
     try:
         node = YAML(typ="safe", pure=True).compose(text)
@@ -125,12 +158,16 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
     document.values[path] = span
     if len(path) > MAX_DEPTH:
         raise fail("invalid-yaml", "nested too deeply for a mapping", span=span)
+    _refuse_tag(node, document)
     if isinstance(node, MappingNode):
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key_span = _span(key_node, document.name)
             if not isinstance(key_node, ScalarNode):
                 raise fail("invalid-yaml", "keys must be plain text", span=key_span, help="quote a key that starts with `{{`")
+            _refuse_tag(key_node, document)
+            if str(key_node.tag).endswith(":merge"):
+                raise fail("invalid-yaml", "merge keys are not part of the mapping dialect", span=key_span)
             key = str(key_node.value)
             if key in out:
                 raise fail("duplicate-key", f"key `{key}` is given twice", span=key_span)
@@ -144,5 +181,15 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         return str(node.value)
     convert = _SCALARS.get(tag)
     if convert is None:
-        raise fail("invalid-yaml", f"YAML tag `{node.tag}` is not part of the mapping dialect", span=span)
-    return convert(node.value)
+        raise fail("invalid-yaml", f"`{node.value}` is a {tag} to YAML, which a mapping cannot hold", span=span, help="quote it")
+    try:
+        return convert(str(node.value))
+    except ValueError:
+        shown = str(node.value) if len(node.value) <= 40 else f"{node.value[:40]}…"
+        raise fail("invalid-yaml", f"`{shown}` is not a value a mapping can hold", span=span, help="quote it if it is text") from None
+
+
+def _refuse_tag(node: Node, document: Document) -> None:
+    # A tag written in the file; tags that YAML derives from the value leave no mark. Nodes start at their tag.
+    if document.text.startswith("!", node.start_mark.index):
+        raise fail("invalid-yaml", "tags (`!…`) are not part of the mapping dialect", span=_span(node, document.name))

@@ -15,13 +15,14 @@ from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
-from jinja2 import Environment, StrictUndefined, TemplateError, TemplateSyntaxError, Undefined, UndefinedError, nodes
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefined, UndefinedError, nodes
 from jinja2.environment import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_ITEMS = 1_000_000  # the longest range a mapping may ask for
+MAX_ITEMS = 100_000  # the longest range a mapping may ask for
 MAX_NUMBER = 10**18
-MAX_LENGTH = 2_000  # characters of an expression or template
+MAX_LENGTH = 2_000  # characters of an expression or template, and of any text one makes
+MAX_DEPTH = 60  # of the syntax tree; Python compiles no more than 200 parentheses
 
 
 class ExpressionError(ValueError):
@@ -32,7 +33,7 @@ class Key(str):
     """A key of a mapping-valued `for`: renders as the key, and carries what it stands for as `.value` and its place as `.index`."""
 
     value: Any
-    index: int
+    index: int  # type: ignore[assignment]
 
     def __new__(cls, key: str, value: Any, index: int) -> Key:
         self = super().__new__(cls, key)
@@ -58,12 +59,14 @@ def _ceil_div(value: int, divisor: int) -> int:
 
 def _bfloat16(value: float) -> float:
     """The nearest bfloat16, as a float."""
-    return float(np.asarray(value, dtype=ml_dtypes.bfloat16))
+    with np.errstate(all="ignore"):
+        return float(np.asarray(value, dtype=ml_dtypes.bfloat16))
 
 
 def _float32(value: float) -> float:
     """The nearest float32, as a float."""
-    return float(np.float32(value))
+    with np.errstate(all="ignore"):
+        return float(np.float32(value))
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -91,27 +94,61 @@ def _default(value: Any, fallback: Any) -> Any:
     return fallback if value is None or isinstance(value, Undefined) else value
 
 
+def _usable(value: Any) -> Any:
+    """The value, if it is not a number that no mapping means."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise ExpressionError("a number is larger than 10^18")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ExpressionError("a number is not finite")
+    if isinstance(value, str) and len(value) > MAX_LENGTH:
+        raise ExpressionError(f"a text is longer than {MAX_LENGTH} characters")
+    return value
+
+
+def _in_a_name(value: Any) -> Any:
+    """What `{{ … }}` puts in a template's text."""
+    if isinstance(value, Undefined):
+        value._fail_with_undefined_error()
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ExpressionError(f"a name is made of text and whole numbers, not of {str(value)[:80]} ({type(value).__name__})")
+    return _usable(value)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "%", "+", "//"])
+    intercepted_binops = frozenset(["*", "%", "+", "-", "/", "//"])
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        # Sections of config.json are mappings: an attribute is a key, never a method of dict.
+        # Sections of config.json are mappings: an attribute is a key, never a method of dict. Nothing else has attributes.
         if isinstance(obj, Mapping):
             return obj[attribute] if attribute in obj else self.undefined(f"there is no key `{attribute}` in the checkpoint's config")
-        return super().getattr(obj, attribute)
+        if isinstance(obj, Key) and attribute in ("value", "index"):
+            return obj.value if attribute == "value" else obj.index
+        if isinstance(obj, Undefined):
+            obj._fail_with_undefined_error()
+        return self.undefined(f"there is no `{attribute}` in a value of type {type(obj).__name__}")
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(obj, Mapping):
+            return self.getattr(obj, argument)
+        if isinstance(obj, str | list | tuple | range) and isinstance(argument, int):
+            return obj[argument]
+        if isinstance(obj, Undefined):
+            obj._fail_with_undefined_error()
+        return self.undefined(f"there is no `{argument}` in a value of type {type(obj).__name__}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         # String repetition, formatting and list products are ways to make something huge from something small.
         if operator in ("*", "%", "//") and not all(isinstance(v, int | float) for v in (left, right)):
             raise ExpressionError(f"`{operator}` takes two numbers")
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            if len(left) + len(right) > MAX_LENGTH:
+                raise ExpressionError(f"`+` makes something longer than {MAX_LENGTH}")
         result = super().call_binop(context, operator, left, right)
-        if isinstance(result, int) and abs(result) > MAX_NUMBER:
-            raise ExpressionError("a number grows past 10^18")
-        return result
+        return _usable(result)
 
 
 def _environment() -> _Environment:
-    env = _Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
+    env = _Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_in_a_name, optimized=False)
     env.globals.clear()
     env.filters = {"default": _default}
     env.tests.clear()
@@ -121,8 +158,21 @@ def _environment() -> _Environment:
 _ENV = _environment()
 
 
+def _walk(tree: nodes.Node) -> list[nodes.Node]:
+    """Every node of a syntax tree. Not recursive, so that it can refuse what is nested too deeply."""
+    out, level = [tree], [tree]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in node.iter_child_nodes()]
+        out += level
+        if not level:
+            return out
+    raise ExpressionError("too deeply nested")
+
+
 def _check(tree: nodes.Node) -> None:
-    for node in [tree, *tree.find_all(nodes.Node)]:
+    every = _walk(tree)
+    called = {id(node.node) for node in every if isinstance(node, nodes.Call)}
+    for node in every:
         if not isinstance(node, _ALLOWED):
             raise ExpressionError(f"`{type(node).__name__.lower()}` is not part of the expression language")
         if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
@@ -131,13 +181,19 @@ def _check(tree: nodes.Node) -> None:
             raise ExpressionError(f"filter `{node.name}` does not exist; there is `default`")
         if isinstance(node, nodes.Call) and not (isinstance(node.node, nodes.Name) and node.node.name in FUNCTIONS):
             raise ExpressionError("only " + ", ".join(sorted(FUNCTIONS)) + " can be called")
-        if isinstance(node, nodes.Const) and isinstance(node.value, int) and abs(node.value) > MAX_NUMBER:
-            raise ExpressionError("a number is larger than 10^18")
+        if isinstance(node, nodes.Name) and node.name in FUNCTIONS and id(node) not in called:
+            raise ExpressionError(f"`{node.name}` is a function: `{node.name}(…)`")
+        if isinstance(node, nodes.Name) and node.name in ("self", "super", "caller", "varargs", "kwargs"):
+            raise ExpressionError(f"`{node.name}` means something else to jinja; use another name")
+        if isinstance(node, nodes.Const):
+            _usable(node.value)
 
 
 def _parse(text: str) -> nodes.Template:
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"longer than {MAX_LENGTH} characters")
+    if "{%" in text or "{#" in text:  # comments and `raw` leave no trace in the syntax tree
+        raise ExpressionError("statements and comments are not part of the template language, only `{{ … }}`")
     try:
         tree = _ENV.parse(text)
     except TemplateSyntaxError as error:
@@ -145,6 +201,13 @@ def _parse(text: str) -> nodes.Template:
     except (TemplateError, RecursionError, ValueError, OverflowError) as error:
         raise ExpressionError("too deeply nested" if isinstance(error, RecursionError) else str(error)) from None
     _check(tree)
+    return tree
+
+
+def _parse_expression(text: str) -> nodes.Template:
+    tree = _parse("{{ (" + text + ") }}")
+    if len(tree.body) != 1 or not isinstance(tree.body[0], nodes.Output) or len(tree.body[0].nodes) != 1:
+        raise ExpressionError("more than one expression")
     return tree
 
 
@@ -156,43 +219,55 @@ def _template(text: str) -> Template:
 
 @lru_cache(maxsize=4096)
 def _expression(text: str) -> Callable[..., Any]:
-    _parse("{{ (" + text + ") }}")
-    return cast("Callable[..., Any]", Environment.compile_expression(_ENV, text, undefined_to_none=False))
+    _parse_expression(text)
+    return cast("Callable[..., Any]", _ENV.compile_expression(text, undefined_to_none=False))
 
 
 def names(text: str) -> set[str]:
     """The free names of an expression, without functions."""
-    tree = _parse("{{ (" + text + ") }}")
-    called = {id(c.node) for c in tree.find_all(nodes.Call)}
-    return {n.name for n in tree.find_all(nodes.Name) if id(n) not in called}
+    every = _walk(_parse_expression(text))
+    return {node.name for node in every if isinstance(node, nodes.Name) and node.name not in FUNCTIONS}
+
+
+def _finished(value: Any) -> Any:
+    """The value. Raises for names that were never found, and for numbers that are none."""
+    if isinstance(value, Undefined):
+        value._fail_with_undefined_error()
+    if isinstance(value, list | tuple):
+        for item in value:
+            _finished(item)
+    return _usable(value)
+
+
+def _named(names: Mapping[str, Any]) -> dict[str, Any]:
+    for name in FUNCTIONS.keys() & names.keys():
+        raise ExpressionError(f"`{name}` is a function; a value needs another name")
+    return {**FUNCTIONS, **names}
 
 
 def _guard(what: str, work: Callable[[], Any]) -> Any:
     try:
-        result = work()
-        if isinstance(result, Undefined):
-            result._fail_with_undefined_error()
-        return result
+        return _finished(work())
     except UndefinedError as error:
         raise ExpressionError(error.message or "undefined name") from None
     except ExpressionError:
         raise
     except ZeroDivisionError:
         raise ExpressionError("division by zero") from None
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError, MemoryError) as error:
+    except (TemplateError, SyntaxError, TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError, MemoryError) as error:
         raise ExpressionError(str(error) or f"{what} failed") from None
 
 
 def evaluate(text: str, names: Mapping[str, Any]) -> Any:
     """The value of an expression. Raises ExpressionError for what is not allowed, undefined names, and failures."""
-    return _guard("expression", lambda: _expression(text)(**FUNCTIONS, **dict(names)))
+    return _guard("expression", lambda: _expression(text)(_named(names)))
 
 
 def render(text: str, names: Mapping[str, Any]) -> str:
     """The text of a template such as `model.layers.{{ layer }}`. Raises ExpressionError, as `evaluate` does."""
     if "{" not in text:
         return text
-    out = _guard("template", lambda: _template(text).render(FUNCTIONS, **dict(names)))
+    out = _guard("template", lambda: _template(text).render(_named(names)))
     if len(out) > MAX_LENGTH:
         raise ExpressionError(f"a name longer than {MAX_LENGTH} characters")
     return str(out)

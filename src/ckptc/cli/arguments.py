@@ -1,0 +1,76 @@
+"""Options that commands share, and the readers of their values."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+MIB = 1 << 20
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+MEMORY_LEAST = 1 * MIB
+
+
+def compilation(parser: argparse.ArgumentParser, source_required: bool = False) -> None:
+    """What decides a plan."""
+    parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
+    parser.add_argument(
+        "--source", metavar="DIR", required=source_required,
+        help="a checkpoint: config.json and safetensors files. Its config decides the dims, its headers check every shape"
+        + ("" if source_required else " (default: the numbers shipped for the model)"),
+    )  # fmt: skip
+    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True, help="stack the layers, as MaxText's scan_layers=true expects (default), or keep them apart")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16", "float8_e4m3fn"], default="bfloat16", help="of stored floating arrays, where the mapping keeps no other (default: bfloat16)")
+    parser.add_argument("--multimodal", action="store_true", help="convert the vision and audio towers too")
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="DIM=VALUE", help="override a dim of the mapping; may be repeated")
+    parser.add_argument("--mapping", metavar="FILE", help="a mapping that is not among the shipped ones")
+    parser.add_argument("--shards", type=positive, default=16, metavar="N", help="storage shards of each array, along the first axis they divide, else the second (default: 16)")
+    parser.add_argument(
+        "--memory", type=memory, default=256 * MIB, metavar="SIZE",
+        help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 256MiB). The interpreter and its libraries, "
+        "some 150 MB, are not counted. No unit of work uses more than a quarter of it",
+    )  # fmt: skip
+
+
+def execution(parser: argparse.ArgumentParser) -> None:
+    """What a run needs besides a plan."""
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes: DIR/0/items")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def setting(text: str) -> tuple[str, int | float | bool | str]:
+    """`name=value`; the value is a number, true or false, or an expression over other dims."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not value.strip():
+        raise argparse.ArgumentTypeError(f"`{text}` is not DIM=VALUE")
+    value = value.strip()
+    if value in ("true", "false"):
+        return name, value == "true"
+    for read in (int, float):
+        try:
+            return name, read(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes: `256MiB`, `1.5G`, `1048576`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
+    unit = match.group(2).upper() if match else ""
+    if match is None or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a size such as 256MiB")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+def memory(text: str) -> int:
+    value = size(text)
+    if value < MEMORY_LEAST:
+        raise argparse.ArgumentTypeError(f"{text} is too little memory; 1MiB is the least")
+    return value

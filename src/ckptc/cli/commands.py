@@ -1,0 +1,119 @@
+"""What each command does: inputs read, stages called, results rendered."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ckptc.cli import render
+from ckptc.cli.progress import show_progress
+from ckptc.compile.compiler import compile_plan
+from ckptc.compile.options import Options
+from ckptc.diagnostics import fail
+from ckptc.io.checkpoint import open_checkpoint
+from ckptc.io.locate import remember
+from ckptc.plan import json as plan_json
+from ckptc.plan.model import Plan
+from ckptc.spec.mapping import Mapping, Model, find_model, load_mapping, shipped
+
+
+def models(args: argparse.Namespace) -> None:
+    mappings = _mappings(args.mapping)
+    if args.name:
+        mapping, model = find_model(args.name, mappings)
+        shown = render.model_record(mapping, model)
+        print(json.dumps(shown, indent=1) if args.json else render.model(shown))
+        return
+    rows = [render.model_row(m, model) for m in mappings or shipped() for model in m.models.values()]
+    print(json.dumps(rows, indent=1) if args.json else render.models(rows))
+
+
+def compile_(args: argparse.Namespace) -> None:
+    plan = _compile(args)
+    text = plan_json.dumps(plan)
+    if args.plan_file:
+        _write_plan(Path(args.plan_file), text, args.force)
+    if args.dump_plan:
+        sys.stdout.write(text)
+    elif args.json:
+        print(json.dumps(render.summary_record(plan), indent=1))
+    else:
+        print(render.summary(plan))
+        if args.plan_file:
+            print(f"\nplan written to {args.plan_file}; `ckptc run {args.plan_file} --output DIR` executes it")
+
+
+def run(args: argparse.Namespace) -> None:
+    path = Path(args.plan)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise fail("unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o` writes plans") from None
+    plan = plan_json.loads(text, str(path))
+    _execute(plan, text, args, Path(args.source) if args.source else None)
+
+
+def convert(args: argparse.Namespace) -> None:
+    plan = _compile(args)
+    _execute(plan, plan_json.dumps(plan), args, Path(args.source))
+
+
+def _mappings(file: str | None) -> tuple[Mapping, ...] | None:
+    return (load_mapping(Path(file)),) if file else None
+
+
+def _compile(args: argparse.Namespace) -> Plan:
+    mapping, model = _find(args)
+    options = Options(
+        layout="scanned" if args.scan else "unscanned", dtype=args.dtype, multimodal=args.multimodal, set=dict(args.set), shards=args.shards,
+        memory=args.memory,
+    )  # fmt: skip
+    checkpoint = open_checkpoint(Path(args.source)) if args.source else None
+    plan = compile_plan(mapping, model, options, checkpoint)
+    if plan.made.source:
+        remember(plan.made.source, Path(args.source))
+    return plan
+
+
+def _find(args: argparse.Namespace) -> tuple[Mapping, Model]:
+    return find_model(args.model, _mappings(args.mapping))
+
+
+def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Path | None) -> None:
+    from ckptc.run.runner import run as run_plan
+
+    digest: str = json.loads(text)["digest"]
+    with show_progress(enabled=not args.quiet and not args.json) as on_progress:
+        report = run_plan(plan, digest, Path(args.output), source, on_progress)
+    record: dict[str, Any] = {**asdict(report), "model": plan.made.model, "arrays": plan.totals.arrays, "plan": digest}
+    print(json.dumps(record) if args.json else render.report(plan, report))
+
+
+def _write_plan(path: Path, text: str, force: bool) -> None:
+    """Whole or not at all; replaces an earlier plan, and nothing else unless told to."""
+    if path.is_dir():
+        raise fail("output-exists", f"{path} is a directory")
+    if path.exists() and not force:
+        with path.open("rb") as file:
+            if not file.read(12).startswith(b'{\n "format":'):
+                raise fail("output-exists", f"{path} exists and is not a plan", help="choose another name, or use --force")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise fail("unwritable-output", f"cannot write {path}: {error.strerror}") from None
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file_:
+            file_.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

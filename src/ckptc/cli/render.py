@@ -1,0 +1,170 @@
+"""Records as text a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptc.diagnostics import Diagnostic
+from ckptc.spec.resources import mapping_files
+
+if TYPE_CHECKING:
+    from ckptc.plan.model import Plan
+    from ckptc.run.runner import Report
+    from ckptc.spec.mapping import Mapping, Model
+
+RED, BLUE, BOLD, CYAN, RESET = "\033[1;31m", "\033[1;34m", "\033[1m", "\033[36m", "\033[0m"
+
+
+def diagnostics(found: Sequence[Diagnostic], color: bool = False) -> str:
+    """All of them, each with its place in the file, and a count at the end."""
+    blocks = [diagnostic(d, color) for d in found]
+    count = f"{len(found)} error{'s' if len(found) != 1 else ''}"
+    return "\n\n".join([*blocks, count])
+
+
+def diagnostic(d: Diagnostic, color: bool = False) -> str:
+    def paint(text: str, code: str) -> str:
+        return f"{code}{text}{RESET}" if color else text
+
+    lines = [paint(f"error[{d.code}]", RED) + paint(f": {d.message}", BOLD)]
+    margin = 1
+    if d.span:
+        s = d.span
+        margin = len(str(s.line))
+        lines.append(" " * margin + paint("--> ", BLUE) + f"{s.file}:{s.line}:{s.column}")
+        source = _line(s.file, s.line)
+        if source is not None:
+            bar = paint("|", BLUE)
+            underline = "^" * max(1, min(s.length, len(source) - s.column + 1))
+            lines += [f"{' ' * margin} {bar}", f"{paint(str(s.line), BLUE)} {bar} {source}", f"{' ' * margin} {bar} {' ' * (s.column - 1)}{paint(underline, RED)}"]
+    equals = paint("=", BLUE)
+    lines += [f"{' ' * margin} {equals} {note}" for note in d.notes]
+    if d.help:
+        lines.append(f"{' ' * margin} {equals} {paint('help', CYAN)}: {d.help}")
+    return "\n".join(lines)
+
+
+def _line(file: str, number: int) -> str | None:
+    """A line of a file that diagnostics name: a shipped mapping by its short name, or a path."""
+    shipped = {f"mappings/{p.name}": p for p in mapping_files()}
+    try:
+        lines = shipped.get(file, Path(file)).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return lines[number - 1].replace("\t", " ") if 0 < number <= len(lines) else None
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def count(number: int) -> str:
+    """A number of parameters: 2.61B."""
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return str(number)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by their widest cell; the first row is the heading."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def model_row(mapping: Mapping, model: Model) -> dict[str, Any]:
+    """One model, as `ckptc models --json` lists it."""
+    from ckptc.compile.compiler import layouts
+
+    row = {"name": model.name, "family": mapping.family, "repo": model.repo, "layouts": list(layouts(mapping, model))}
+    return {**row, "multimodal": mapping.multimodal}
+
+
+def models(rows: Sequence[dict[str, Any]]) -> str:
+    heading = ("MODEL", "FAMILY", "REPOSITORY", "LAYOUTS")
+    cells = [(r["name"], r["family"], r["repo"], ", ".join(r["layouts"]) + (" (multimodal)" if r["multimodal"] else "")) for r in rows]
+    return table([heading, *cells])
+
+
+def model_record(mapping: Mapping, model: Model) -> dict[str, Any]:
+    """One model whole, compiled from its shipped numbers in the first layout it has."""
+    from ckptc.compile.compiler import compile_plan, layouts
+    from ckptc.compile.options import Options
+
+    plan = compile_plan(mapping, model, Options(layout=layouts(mapping, model)[0]))
+    return {
+        **model_row(mapping, model), "title": mapping.title, "dims": dict(plan.choices.dims), "tensors": plan.totals.tensors,
+        "arrays": plan.totals.arrays, "parameters": plan.totals.parameters, "write_bytes": plan.totals.write_bytes, "rules": rules(plan),
+        "ignored": [{"pattern": x.pattern, "reason": x.reason} for x in plan.left_out],
+    }  # fmt: skip
+
+
+def model(record: dict[str, Any]) -> str:
+    head = [
+        f"{record['name']}: {record['title'] or record['family']}", f"repository  {record['repo']}", f"layouts     {', '.join(record['layouts'])}",
+        f"size        {count(record['parameters'])} parameters, {record['tensors']} source tensors, {record['arrays']} arrays, {size(record['write_bytes'])}",
+        "dims        " + ", ".join(f"{k}={v}" for k, v in record["dims"].items()),
+    ]  # fmt: skip
+    ignored = [f"ignored     {x['pattern']}: {x['reason']}" for x in record["ignored"]]
+    return "\n".join([*head, *ignored, "", _rules(record["rules"])])
+
+
+def rules(plan: Plan) -> list[dict[str, Any]]:
+    """One record for each rule that made arrays, in the order of the mapping's targets."""
+    out: dict[str, dict[str, Any]] = {}
+    for array in plan.arrays:
+        record = out.setdefault(array.rule, {"rule": array.rule, "arrays": 0, "tensors": 0, "shape": list(array.shape), "dtype": array.dtype, "ops": list(array.ops), "write_bytes": 0})
+        record["arrays"] += 1
+        record["tensors"] += sum(len(s.tensors) for s in array.sources)
+        record["write_bytes"] += array.nbytes
+    return list(out.values())
+
+
+def _rules(records: Sequence[dict[str, Any]]) -> str:
+    heading = ("RULE", "ARRAYS", "TENSORS", "BYTES", "TARGET", "OPS")
+    rows = [
+        (r["rule"], str(r["arrays"]), str(r["tensors"]), size(r["write_bytes"]), f"{r['dtype']}{r['shape']}", "; ".join(r["ops"]) or "as it is")
+        for r in records
+    ]  # fmt: skip
+    return table([heading, *rows])
+
+
+def summary_record(plan: Plan) -> dict[str, Any]:
+    """The summary, as `ckptc compile --json` prints it."""
+    from ckptc.plan.json import encode
+
+    body = encode(plan)
+    return {**{k: body[k] for k in ("made", "choices", "totals", "left_out")}, "rules": rules(plan)}
+
+
+def summary(plan: Plan) -> str:
+    """What a run would do: counts, bytes, memory, what is left out, one line for each rule."""
+    t, c, m = plan.totals, plan.choices, plan.made
+    source = f"{len(plan.files)} files" if m.source else "the model's shipped numbers; compile with --source to check a checkpoint and get a plan that runs"
+    lines = [
+        f"{m.model} ({m.family}), {c.layout}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
+        f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
+        f"reads   {size(t.read_bytes)} of {t.tensors} tensors",
+        f"writes  {size(t.write_bytes)} in {t.arrays} arrays, {count(t.parameters)} parameters",
+        f"memory  {size(t.peak_memory_bytes)} of buffers for the largest unit of work, within a budget of {size(c.memory)}",
+    ]
+    for x in plan.left_out:
+        if x.tensors:
+            lines.append(f"ignores {x.tensors} tensor{'s' if x.tensors != 1 else ''}, {size(x.bytes)}: `{x.pattern}`: {x.reason}")
+    return "\n".join([*lines, "", _rules(rules(plan))])
+
+
+def report(plan: Plan, report: Report) -> str:
+    """The line at the end of a run."""
+    rate = report.write_bytes / max(report.seconds, 1e-9)
+    return (
+        f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written to {report.output} in {report.seconds:.1f} s "
+        f"({size(rate)}/s), {size(report.read_bytes)} read, peak memory {size(report.peak_resident_bytes)}"
+    )
