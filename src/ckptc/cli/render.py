@@ -38,7 +38,11 @@ def diagnostic(d: Diagnostic, color: bool = False) -> str:
         if source is not None:
             bar = paint("|", BLUE)
             underline = "^" * max(1, min(s.length, len(source) - s.column + 1))
-            lines += [f"{' ' * margin} {bar}", f"{paint(str(s.line), BLUE)} {bar} {source}", f"{' ' * margin} {bar} {' ' * (s.column - 1)}{paint(underline, RED)}"]
+            lines += [
+                f"{' ' * margin} {bar}",
+                f"{paint(str(s.line), BLUE)} {bar} {source}",
+                f"{' ' * margin} {bar} {' ' * (s.column - 1)}{paint(underline, RED)}",
+            ]
     equals = paint("=", BLUE)
     lines += [f"{' ' * margin} {equals} {note}" for note in d.notes]
     if d.help:
@@ -60,7 +64,13 @@ def size(count: float) -> str:
     """Bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B"
+                else f"{count:.3g} {unit}"
+                if count < 100
+                else f"{count:.0f} {unit}"
+            )
         count /= 1000
     raise AssertionError
 
@@ -83,13 +93,26 @@ def model_row(mapping: Mapping, model: Model) -> dict[str, Any]:
     """One model, as `ckptc models --json` lists it."""
     from ckptc.compile.compiler import layouts
 
-    row = {"name": model.name, "family": mapping.family, "repo": model.repo, "layouts": list(layouts(mapping, model))}
+    row = {
+        "name": model.name,
+        "family": mapping.family,
+        "repo": model.repo,
+        "layouts": list(layouts(mapping, model)),
+    }
     return {**row, "multimodal": mapping.multimodal}
 
 
 def models(rows: Sequence[dict[str, Any]]) -> str:
     heading = ("MODEL", "FAMILY", "REPOSITORY", "LAYOUTS")
-    cells = [(r["name"], r["family"], r["repo"], ", ".join(r["layouts"]) + (" (multimodal)" if r["multimodal"] else "")) for r in rows]
+    cells = [
+        (
+            r["name"],
+            r["family"],
+            r["repo"],
+            ", ".join(r["layouts"]) + (" (multimodal)" if r["multimodal"] else ""),
+        )
+        for r in rows
+    ]
     return table([heading, *cells])
 
 
@@ -120,7 +143,18 @@ def rules(plan: Plan) -> list[dict[str, Any]]:
     """One record for each rule that made arrays, in the order of the mapping's targets."""
     out: dict[str, dict[str, Any]] = {}
     for array in plan.arrays:
-        record = out.setdefault(array.rule, {"rule": array.rule, "arrays": 0, "tensors": 0, "shape": list(array.shape), "dtype": array.dtype, "ops": list(array.ops), "write_bytes": 0})
+        record = out.setdefault(
+            array.rule,
+            {
+                "rule": array.rule,
+                "arrays": 0,
+                "tensors": 0,
+                "shape": list(array.shape),
+                "dtype": array.dtype,
+                "ops": list(array.ops),
+                "write_bytes": 0,
+            },
+        )
         record["arrays"] += 1
         record["tensors"] += sum(len(s.tensors) for s in array.sources)
         record["write_bytes"] += array.nbytes
@@ -147,7 +181,11 @@ def summary_record(plan: Plan) -> dict[str, Any]:
 def summary(plan: Plan) -> str:
     """What a run would do: counts, bytes, memory, what is left out, one line for each rule."""
     t, c, m = plan.totals, plan.choices, plan.made
-    source = f"{len(plan.files)} files" if m.source else "the model's shipped numbers; compile with --source to check a checkpoint and get a plan that runs"
+    source = (
+        f"{len(plan.files)} files"
+        if m.source
+        else "the model's shipped numbers; compile with --source to check a checkpoint and get a plan that runs"
+    )
     lines = [
         f"{m.model} ({m.family}), {c.layout}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
@@ -157,7 +195,9 @@ def summary(plan: Plan) -> str:
     ]
     for x in plan.left_out:
         if x.tensors:
-            lines.append(f"ignores {x.tensors} tensor{'s' if x.tensors != 1 else ''}, {size(x.bytes)}: `{x.pattern}`: {x.reason}")
+            lines.append(
+                f"ignores {x.tensors} tensor{'s' if x.tensors != 1 else ''}, {size(x.bytes)}: `{x.pattern}`: {x.reason}"
+            )
     return "\n".join([*lines, "", _rules(rules(plan))])
 
 

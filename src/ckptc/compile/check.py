@@ -7,7 +7,8 @@ each rule and kind of problem, however many tensors have it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping as MappingOf
+from collections.abc import Iterable
+from collections.abc import Mapping as MappingOf
 
 from ckptc.diagnostics import Diagnostic, InputError, nearest
 from ckptc.ir.graph import Graph, Leaf, leaves
@@ -18,7 +19,9 @@ from ckptc.ops.types import TensorType
 def check(graph: Graph, tensors: MappingOf[str, SourceTensor]) -> Graph:
     """The same graph. Raises InputError: `missing-tensor`, `shape-mismatch`, `dtype-mismatch`."""
     shapes = _Names(tensors)
-    problems = [d for target in graph.targets for leaf in leaves(target.node) for d in _leaf(leaf, target.rule, tensors, shapes)]
+    problems = [
+        d for target in graph.targets for leaf in leaves(target.node) for d in _leaf(leaf, target.rule, tensors, shapes)
+    ]
     if problems:
         raise InputError(dict.fromkeys(problems))
     return graph
@@ -43,7 +46,12 @@ def _leaf(leaf: Leaf, rule: str, tensors: MappingOf[str, SourceTensor], shapes: 
 
 
 def _list(
-    leaf: Leaf, names: tuple[str, ...], expected: TensorType, rule: str, tensors: MappingOf[str, SourceTensor], shapes: _Names
+    leaf: Leaf,
+    names: tuple[str, ...],
+    expected: TensorType,
+    rule: str,
+    tensors: MappingOf[str, SourceTensor],
+    shapes: _Names,
 ) -> list[Diagnostic]:
     absent = [n for n in names if n not in tensors]
     here = [tensors[n] for n in names if n in tensors]
@@ -54,7 +62,10 @@ def _list(
         best = shapes.nearest(absent[0])
         out.append(
             Diagnostic(
-                "missing-tensor", f"the checkpoint has no tensor `{absent[0]}`{_more(absent)}", leaf.span, (f"rule: {rule}",),
+                "missing-tensor",
+                f"the checkpoint has no tensor `{absent[0]}`{_more(absent)}",
+                leaf.span,
+                (f"rule: {rule}",),
                 f"the nearest name is `{best}`" if best else "is this a checkpoint of another family?",
             )  # fmt: skip
         )
@@ -63,7 +74,9 @@ def _list(
         axes = ", ".join(str(a) for a in expected.axes)
         out.append(
             Diagnostic(
-                "shape-mismatch", f"`{first.name}` has another shape than the rule expects{_more(shaped)}", leaf.span,
+                "shape-mismatch",
+                f"`{first.name}` has another shape than the rule expects{_more(shaped)}",
+                leaf.span,
                 (f"expected: [{axes}]", f"found:    {list(first.shape)}", f"rule: {rule}"),
                 "check the pattern in `as`, the dims, and that config.json belongs to these shards",
             )  # fmt: skip
@@ -72,7 +85,9 @@ def _list(
         first = typed[0]
         out.append(
             Diagnostic(
-                "dtype-mismatch", f"`{first.name}` has another dtype than the rule's other tensors{_more(typed)}", leaf.span,
+                "dtype-mismatch",
+                f"`{first.name}` has another dtype than the rule's other tensors{_more(typed)}",
+                leaf.span,
                 (f"expected: {expected.dtype}", f"found:    {first.dtype}", f"rule: {rule}"),
             )  # fmt: skip
         )
@@ -80,7 +95,13 @@ def _list(
 
 
 def _more(items: list[str] | list[SourceTensor]) -> str:
-    return f" (nor {len(items) - 1} others)" if len(items) > 1 and isinstance(items[0], str) else f" ({len(items)} tensors)" if len(items) > 1 else ""
+    return (
+        f" (nor {len(items) - 1} others)"
+        if len(items) > 1 and isinstance(items[0], str)
+        else f" ({len(items)} tensors)"
+        if len(items) > 1
+        else ""
+    )
 
 
 class _Names:

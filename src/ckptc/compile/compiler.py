@@ -1,6 +1,6 @@
 """The compiler: a mapping, a model and (where there is one) a checkpoint's headers become a plan. Pure; no I/O.
 
-    names -> expand -> unique_targets, check, fold, coverage -> schedule
+names -> expand -> unique_targets, check, fold, coverage -> schedule
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.expand import expand
 from ckptc.compile.fold import Folded, fold
 from ckptc.compile.options import Options
-from ckptc.compile.scope import Scope
 from ckptc.compile.schedule import account, choose, read_ratio, shard_counts, unit_budget
+from ckptc.compile.scope import Scope
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
@@ -37,7 +37,12 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
     """
     config = checkpoint.config if checkpoint and checkpoint.config else model.config
     dims = evaluate_dims(mapping, model, config, options.set)
-    _supported(mapping, model, options, {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype})
+    _supported(
+        mapping,
+        model,
+        options,
+        {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype},
+    )
     tensors = checkpoint.tensors if checkpoint else None
     naming, graph = _expand(mapping, options, dims, config, tensors)
     folded = fold(graph)
@@ -63,7 +68,12 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
 
 def layouts(mapping: Mapping, model: Model) -> tuple[str, ...]:
     """The layouts the target has for a model, judged by its shipped numbers."""
-    names = {**evaluate_dims(mapping, model, model.config, {}), "config": model.config, "multimodal": False, "dtype": "bfloat16"}
+    names = {
+        **evaluate_dims(mapping, model, model.config, {}),
+        "config": model.config,
+        "multimodal": False,
+        "dtype": "bfloat16",
+    }
     scope = Scope(mapping.document, names)
     absent = {u.layout for u in mapping.unsupported if scope.holds(u.when, dict(names), u.where)}
     return tuple(name for name in LAYOUTS if name not in absent)
@@ -82,7 +92,11 @@ def _supported(mapping: Mapping, model: Model, options: Options, names: MappingO
 
 
 def _expand(
-    mapping: Mapping, options: Options, dims: MappingOf[str, Any], config: MappingOf[str, Any], tensors: Tensors | None
+    mapping: Mapping,
+    options: Options,
+    dims: MappingOf[str, Any],
+    config: MappingOf[str, Any],
+    tensors: Tensors | None,
 ) -> tuple[str, Graph]:
     """Expands under each of the mapping's namings; the headers decide which one the checkpoint has."""
     default = str(config.get("torch_dtype") or config.get("dtype") or "bfloat16")
@@ -94,7 +108,22 @@ def _expand(
 
     best: tuple[int, str, Graph] | None = None
     for naming, values in mapping.sources.items():
-        graph = verify(expand(mapping, options, dims, {**dims, **values, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}, stored), "expand")
+        graph = verify(
+            expand(
+                mapping,
+                options,
+                dims,
+                {
+                    **dims,
+                    **values,
+                    "config": config,
+                    "multimodal": options.multimodal,
+                    "dtype": options.dtype,
+                },
+                stored,
+            ),
+            "expand",
+        )
         absent = missing(graph, tensors) if tensors is not None else 0
         if best is None or absent < best[0]:
             best = (absent, naming, graph)
@@ -167,7 +196,11 @@ class _Table:
         out = []
         for name in self.position:
             known = self.known.get(name)
-            out.append(plan.Tensor(name, known.file, known.begin, known.end) if known else plan.Tensor(name, -1, 0, self.bytes[name]))
+            out.append(
+                plan.Tensor(name, known.file, known.begin, known.end)
+                if known
+                else plan.Tensor(name, -1, 0, self.bytes[name])
+            )
         return tuple(out)
 
 
@@ -178,7 +211,19 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table) -> p
     stored = max((itemsize(s.dtype) for s in sources), default=0)
     cost = itemsize(dtype) + max(1, round(stored * read_ratio(folded.parts)))
     chunk, unit = choose(shape, folded.parts, shards, cost, unit_budget(options.memory))
-    return plan.Array(target.path, shape, dtype, chunk, unit, shards, target.axes, target.rule, target.steps, sources, folded.parts)
+    return plan.Array(
+        target.path,
+        shape,
+        dtype,
+        chunk,
+        unit,
+        shards,
+        target.axes,
+        target.rule,
+        target.steps,
+        sources,
+        folded.parts,
+    )
 
 
 def _source(leaf: Leaf, table: _Table) -> plan.Source:

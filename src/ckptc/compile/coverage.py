@@ -34,10 +34,25 @@ def unique_targets(graph: Graph) -> Graph:
     for target in graph.targets:
         shown = "/".join(target.path)
         if target.path in seen:
-            problems.append(Diagnostic("duplicate-target", f"two rules fill `{shown}`", target.span, (f"the other rule: {seen[target.path]}",), "give one of them a `when`, or another target"))
+            problems.append(
+                Diagnostic(
+                    "duplicate-target",
+                    f"two rules fill `{shown}`",
+                    target.span,
+                    (f"the other rule: {seen[target.path]}",),
+                    "give one of them a `when`, or another target",
+                )
+            )
         inside = next((p for n in range(1, len(target.path)) if (p := target.path[:n]) in seen), None)
         if inside:
-            problems.append(Diagnostic("duplicate-target", f"`{shown}` lies inside the array `{'/'.join(inside)}`", target.span, (f"the other rule: {seen[inside]}",)))
+            problems.append(
+                Diagnostic(
+                    "duplicate-target",
+                    f"`{shown}` lies inside the array `{'/'.join(inside)}`",
+                    target.span,
+                    (f"the other rule: {seen[inside]}",),
+                )
+            )
         seen[target.path] = target.rule
     if problems:
         raise InputError(problems)
@@ -64,7 +79,9 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
     for ignored in graph.ignored:
         both = [n for n in read if matches(ignored.pattern, n)] if tensors else []
         if both:
-            problems.append(Diagnostic("ignored-and-consumed", f"`{both[0]}` is ignored, but a rule consumes it", ignored.span))
+            problems.append(
+                Diagnostic("ignored-and-consumed", f"`{both[0]}` is ignored, but a rule consumes it", ignored.span)
+            )
         out.append(LeftOut(ignored.pattern, ignored.reason, tuple(n for n in left if matches(ignored.pattern, n))))
         left = [n for n in left if not matches(ignored.pattern, n)]
     if left:
@@ -74,8 +91,12 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
         count = "a tensor" if len(left) == 1 else f"{len(left)} tensors"
         problems.append(
             Diagnostic(
-                "unconsumed-tensor", f"no rule consumes {count} of the checkpoint", rule[best] if best else graph.targets[0].span, tuple(notes),
-                "add a rule, or an entry under `ignore` with the reason" + ("; the nearest rule is this one" if best else ""),
+                "unconsumed-tensor",
+                f"no rule consumes {count} of the checkpoint",
+                rule[best] if best else graph.targets[0].span,
+                tuple(notes),
+                "add a rule, or an entry under `ignore` with the reason"
+                + ("; the nearest rule is this one" if best else ""),
             )  # fmt: skip
         )
     for target, fold in zip(graph.targets, folded, strict=True):
@@ -83,7 +104,15 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
             short = next((n for n in leaf.tensors if read[n] < size[n] and n not in partial), None)
             if short:
                 what = f"rules read {read[short]} of the {size[short]} elements of `{short}`"
-                problems.append(Diagnostic("partly-consumed-tensor", what, leaf.span, (f"rule: {target.rule}",), "another rule should take the rest, or `partial` say why it is left"))
+                problems.append(
+                    Diagnostic(
+                        "partly-consumed-tensor",
+                        what,
+                        leaf.span,
+                        (f"rule: {target.rule}",),
+                        "another rule should take the rest, or `partial` say why it is left",
+                    )
+                )
     if problems:
         raise InputError(_first_of_each(problems))
     return tuple(out)

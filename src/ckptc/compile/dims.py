@@ -22,7 +22,9 @@ def evaluate_dims(
 
 
 class _Dims:
-    def __init__(self, mapping: Mapping, model: Model | None, config: MappingOf[str, Any], given: MappingOf[str, Value]):
+    def __init__(
+        self, mapping: Mapping, model: Model | None, config: MappingOf[str, Any], given: MappingOf[str, Value]
+    ):
         document = mapping.document
         self.config, self.problems = config, list[Diagnostic]()
         self.values: dict[str, Any] = {}
@@ -75,14 +77,22 @@ class _Dims:
         except ExpressionError as error:
             self.failed.add(name)
             missing = "no key" in str(error)
-            self._complain("missing-config" if missing else "invalid-expression", name, f"cannot be computed: {error}", value)
+            self._complain(
+                "missing-config" if missing else "invalid-expression",
+                name,
+                f"cannot be computed: {error}",
+                value,
+            )
 
     def _complain(self, code: str, name: str, what: str, expression: str | None = None) -> None:
         span = self.spans[name]
         given = "" if span else f"`--set {name}`: "
         self.problems.append(
             Diagnostic(
-                code, f"{given}dim `{name}` {what}", span, (f"expression: {expression}",) if expression else (),
+                code,
+                f"{given}dim `{name}` {what}",
+                span,
+                (f"expression: {expression}",) if expression else (),
                 f"give it with `--set {name}=VALUE`" if code == "missing-config" else None,
             )  # fmt: skip
         )

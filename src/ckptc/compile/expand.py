@@ -7,7 +7,8 @@ leaf [layer=26, mlp, embed] of 26 names -> rearrange -> cast -> move `layer` to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping as MappingOf, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +48,7 @@ class _Here:
     block: str
 
 
-def expand(
-    mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: Names, stored: StoredDtype
-) -> Graph:
+def expand(mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: Names, stored: StoredDtype) -> Graph:
     """The graph of one model in one layout. `names` are the dims, `config`, and the source variant's values.
 
     Raises InputError with the problems of every rule.
@@ -91,12 +90,25 @@ def _places(work: _Expansion, block: str, source: str, place: Place, names: Name
         if any(a.size == 0 for a in grid):
             continue
         if len(place.axis) != len(grid):
-            raise scope.error((*place.where, "axis"), f"{len(place.axis)} positions for {len(grid)} stacking axes", "invalid-value")
+            raise scope.error(
+                (*place.where, "axis"),
+                f"{len(place.axis)} positions for {len(grid)} stacking axes",
+                "invalid-value",
+            )
         for name, expression in place.let.items():
             for point in points:
                 point[name] = scope.value(expression, point, (*place.where, "let", name))
         prefixes = [scope.text(source, p, (*where, "source")) + "." for p in points]
-        out.append(_Here(scope.text(place.at, looped, (*place.where, "at")) + "/", grid, points, prefixes, place.axis, block))
+        out.append(
+            _Here(
+                scope.text(place.at, looped, (*place.where, "at")) + "/",
+                grid,
+                points,
+                prefixes,
+                place.axis,
+                block,
+            )
+        )
     return out
 
 
@@ -119,7 +131,9 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
         node = chain.build()
         axes = tuple(None if a == "_" else a for a in rule.axes.split()) if rule.axes else ()
         label = f"{here.block}: {rule.target}" if here.block else rule.target
-        work.targets.append(Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial, tuple(chain.steps)))
+        work.targets.append(
+            Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial, tuple(chain.steps))
+        )
 
 
 class _Chain:
@@ -139,7 +153,12 @@ class _Chain:
         for spec in rule.ops:
             nodes = (self._apply(spec, nodes),)
         if len(nodes) > 1:
-            raise self.scope.error((*rule.where, "from"), "the parts are not joined", "unjoined-parts", help="let `ops` begin with `concat` or `stack`")
+            raise self.scope.error(
+                (*rule.where, "from"),
+                "the parts are not joined",
+                "unjoined-parts",
+                help="let `ops` begin with `concat` or `stack`",
+            )
         node = nodes[0]
         dtype = rule.dtype or (self.work.options.dtype if floating else "source")
         dtype = stored if dtype == "source" else dtype
@@ -162,13 +181,22 @@ class _Chain:
         left = self.scope.groups(pattern.left, known, pattern_text, where)
         clash = [n for n in pattern.names() if n in {a.name for a in self.here.grid}]
         if clash:
-            raise self.scope.error(where, f"`{clash[0]}` is a stacking variable of the layout, not an axis of this tensor", "invalid-pattern")
+            raise self.scope.error(
+                where,
+                f"`{clash[0]}` is a stacking variable of the layout, not an axis of this tensor",
+                "invalid-pattern",
+            )
         each = _bare(left, self.work.stored(tensors[0]))
-        node: Node = Leaf(tensors, (*self.here.grid, *inner), each, self.scope.span((*origin.where, "from")))
-        node = self._decoded(node)
+        leaf = Leaf(tensors, (*self.here.grid, *inner), each, self.scope.span((*origin.where, "from")))
+        node: Node = self._decoded(leaf)
         if pattern.right is None and inner:
             missing = " ".join(a.name for a in inner)
-            raise self.scope.error(where, f"stacking axis `{missing}` has no place", "invalid-pattern", help=f"say where it goes: `{pattern_text} -> {missing} {pattern_text}`")
+            raise self.scope.error(
+                where,
+                f"stacking axis `{missing}` has no place",
+                "invalid-pattern",
+                help=f"say where it goes: `{pattern_text} -> {missing} {pattern_text}`",
+            )
         if pattern.right is not None:
             lead: tuple[SizedGroup, ...] = tuple((a,) for a in self.here.grid)
             stacked: tuple[SizedGroup, ...] = tuple((a,) for a in inner)
@@ -197,7 +225,12 @@ class _Chain:
 
     def _fill(self, origin: Origin) -> Node:
         if self.rule.fill is None:
-            raise self.scope.error(origin.where, "`from` is missing: it names the source tensor", "missing-key", help="or `fill` with a value")
+            raise self.scope.error(
+                origin.where,
+                "`from` is missing: it names the source tensor",
+                "missing-key",
+                help="or `fill` with a value",
+            )
         text, where = origin.pattern or "", (*origin.where, "as")
         groups = self.scope.groups(self.scope.pattern(text, where).left, {}, text, where) if text else ()
         type_ = _bare(groups, "float32")
@@ -222,11 +255,18 @@ class _Chain:
         """The leaf, decoded where an entry of `decode` matches its tensors and their stored dtype."""
         for entry in self.work.mapping.decode:
             name = leaf.tensors[0]
-            if not matches(entry.source, name) or self.work.stored(name) != entry.stored or not self.scope.holds(entry.when, self.names, entry.where):
+            if (
+                not matches(entry.source, name)
+                or self.work.stored(name) != entry.stored
+                or not self.scope.holds(entry.when, self.names, entry.where)
+            ):
                 continue
             where = (*entry.op.where, "scales")
             template = entry.op.argument["scales"]
-            scales = [self.scope.text(template, {**self.names, "name": n, "stem": n.removesuffix(".weight")}, where) for n in leaf.tensors]
+            scales = [
+                self.scope.text(template, {**self.names, "name": n, "stem": n.removesuffix(".weight")}, where)
+                for n in leaf.tensors
+            ]
             op = build_op(entry.op, leaf.each, 0, self.scope, self.names)
             assert isinstance(op, Decode)
             self.steps.append(op.describe())
@@ -236,7 +276,12 @@ class _Chain:
     def _decode(self, op: Decode, spec: OpSpec, nodes: tuple[Node, ...]) -> Node:
         leaf = nodes[0]
         if len(nodes) != 1 or not isinstance(leaf, Leaf):
-            raise self.scope.error(spec.where, f"`{op.name}` decodes a source tensor as it is stored: it comes first", "op-mismatch", help="let `as` only name the axes, and `rearrange` after")
+            raise self.scope.error(
+                spec.where,
+                f"`{op.name}` decodes a source tensor as it is stored: it comes first",
+                "op-mismatch",
+                help="let `as` only name the axes, and `rearrange` after",
+            )
         where = (*spec.where, "scales")
         names = [
             prefix + self.scope.text(spec.argument["scales"], p, where)
@@ -256,7 +301,9 @@ class _Chain:
     def _op(self, op: Op, nodes: tuple[Node, ...], where: Path_) -> Node:
         try:
             if op.arity is not None and len(nodes) != op.arity:
-                raise OpError(f"`{op.name}` takes one input, `from` has {len(nodes)} parts: join them with `concat` or `stack` first")
+                raise OpError(
+                    f"`{op.name}` takes one input, `from` has {len(nodes)} parts: join them with `concat` or `stack` first"
+                )
             return Apply(op, nodes, op.infer([n.type for n in nodes]), self.scope.span(where))
         except OpError as error:
             raise self._op_error(error, nodes, where) from None
@@ -274,9 +321,15 @@ class _Chain:
         positions = self.here.axis if first is None else tuple(first + n for n in range(self.batch))
         for position, axis in sorted(zip(positions, grid, strict=True), key=lambda p: p[0]):
             if position > len(rest):
-                raise self.scope.error(self.rule.where, f"axis {position} for the layers is past the end of {node.type}", "op-mismatch")
+                raise self.scope.error(
+                    self.rule.where,
+                    f"axis {position} for the layers is past the end of {node.type}",
+                    "op-mismatch",
+                )
             rest.insert(position, axis)
-        self.steps.append(f"stack {' x '.join(str(a.size) for a in grid)} layers at axis {', '.join(map(str, positions))}")
+        self.steps.append(
+            f"stack {' x '.join(str(a.size) for a in grid)} layers at axis {', '.join(map(str, positions))}"
+        )
         if axes == rest:
             return node
         return self._op(Rearrange(_single(axes), _single(rest)), (node,), self.rule.where)

@@ -30,7 +30,9 @@ def fold(graph: Graph) -> tuple[Folded, ...]:
         numbers = iter(range(len(leaves(target.node))))
         parts = tuple(_fold(target.node, numbers))
         covered = sum(p.size for p in parts)
-        assert covered == target.type.size, f"{'/'.join(target.path)}: parts cover {covered} of {target.type.size} elements"
+        assert covered == target.type.size, (
+            f"{'/'.join(target.path)}: parts cover {covered} of {target.type.size} elements"
+        )
         out.append(Folded(tuple(leaves(target.node)), parts))
     return tuple(out)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping as MappingOf, Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as MappingOf
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -38,7 +39,14 @@ class Scope:
     def span(self, where: Path_) -> Span:
         return self.document.span(where)
 
-    def error(self, where: Path_, message: str, code: str = "invalid-expression", notes: Sequence[str] = (), help: str | None = None) -> InputError:
+    def error(
+        self,
+        where: Path_,
+        message: str,
+        code: str = "invalid-expression",
+        notes: Sequence[str] = (),
+        help: str | None = None,
+    ) -> InputError:
         return InputError([Diagnostic(code, message, self.document.span(where), tuple(notes), help)])
 
     def value(self, expression: Value, names: Names, where: Path_) -> Any:
@@ -100,7 +108,9 @@ class Scope:
             span = self.document.within(where, error.at, error.length)
             raise InputError([Diagnostic("invalid-pattern", str(error), span)]) from None
 
-    def groups(self, groups: Sequence[Group], known: MappingOf[str, int], text: str, where: Path_) -> tuple[SizedGroup, ...]:
+    def groups(
+        self, groups: Sequence[Group], known: MappingOf[str, int], text: str, where: Path_
+    ) -> tuple[SizedGroup, ...]:
         """The groups with sizes, from `known` axes and from dims. Raises InputError `unknown-dim` at the name."""
         return tuple(tuple(Axis(n, self.size(n, known, text, where)) for n in group) for group in groups)
 
@@ -113,6 +123,24 @@ class Scope:
         match = re.search(rf"\b{re.escape(name)}\b", text)
         span = self.document.within(where, match.start(), len(name)) if match else self.document.span(where)
         if name in self.dims:
-            raise InputError([Diagnostic("invalid-pattern", f"dim `{name}` is {value!r}, which is not the size of an axis", span)])
+            raise InputError(
+                [
+                    Diagnostic(
+                        "invalid-pattern",
+                        f"dim `{name}` is {value!r}, which is not the size of an axis",
+                        span,
+                    )
+                ]
+            )
         known_names = [*known, *(d for d, v in self.dims.items() if isinstance(v, int))]
-        raise InputError([Diagnostic("unknown-dim", f"there is no dim `{name}`", span, (f"dims: {', '.join(known_names)}",), did_you_mean(name, known_names))])
+        raise InputError(
+            [
+                Diagnostic(
+                    "unknown-dim",
+                    f"there is no dim `{name}`",
+                    span,
+                    (f"dims: {', '.join(known_names)}",),
+                    did_you_mean(name, known_names),
+                )
+            ]
+        )

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf, Sequence
 from typing import Any
 
 from ckptc.compile.scope import Names, Scope
 from ckptc.ops import (
-    Add, Axis, Cast, Concat, DequantBlockFp8, DequantMxfp4, Interleave, Op, OpError, Pad, PermuteRope, Rearrange, ReshapeHeads, Resize, Scale, Slice,
-    Split, SplitLast, Stack, TensorType, Transpose,
+    Add,
+    Axis,
+    Cast,
+    Concat,
+    DequantBlockFp8,
+    DequantMxfp4,
+    Interleave,
+    Op,
+    OpError,
+    Pad,
+    PermuteRope,
+    Rearrange,
+    ReshapeHeads,
+    Resize,
+    Scale,
+    Slice,
+    Split,
+    SplitLast,
+    Stack,
+    TensorType,
+    Transpose,
 )  # fmt: skip
 from ckptc.ops.rearrange import SizedGroup
 from ckptc.spec.mapping import OpSpec
@@ -78,7 +96,8 @@ def rearrange(text: str, input: TensorType, batch: int, scope: Scope, where: tup
     sizes = {a.name: a.size for a in input.axes if a.name}
     lead: tuple[SizedGroup, ...] = tuple((a,) for a in input.axes[:batch])
     return Rearrange(
-        (*lead, *scope.groups(pattern.left, sizes, text, where)), (*lead, *scope.groups(pattern.right, sizes, text, where))
+        (*lead, *scope.groups(pattern.left, sizes, text, where)),
+        (*lead, *scope.groups(pattern.right, sizes, text, where)),
     )
 
 
@@ -86,5 +105,3 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise OpError(f"a number is needed, not {value!r}")
     return float(value)
-
-

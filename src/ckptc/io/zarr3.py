@@ -34,7 +34,7 @@ _ML_TYPES = (
     "float8_e5m2fnuz",
 )
 # TensorStore's zarr3 driver spells its data types as numpy and ml_dtypes do.
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in _NUMPY_TYPES},
     **{name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_TYPES},
 }
@@ -45,9 +45,9 @@ _FILL_VALUES: dict[str, Any] = {"b": False, "i": 0, "u": 0, "c": [0.0, 0.0]}  # 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of a zarr data type. ValueError when TensorStore's zarr v3 has no such type."""
-    if name not in _DTYPES:
-        raise ValueError(f"`{name}` is not a zarr v3 data type; known are {', '.join(sorted(_DTYPES))}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"`{name}` is not a zarr v3 data type; known are {', '.join(sorted(DTYPES))}")
+    return DTYPES[name]
 
 
 def bytes_codec(dtype: str) -> dict[str, Any]:

@@ -18,7 +18,9 @@ def verify(graph: Graph, after: str) -> Graph:
         raise VerifyError(f"after {after}: targets are not in the order of their paths")
     for target in graph.targets:
         if len(target.axes) not in (0, len(target.type.axes)):
-            raise VerifyError(f"after {after}: {'/'.join(target.path)} has {len(target.axes)} logical axes for {target.type}")
+            raise VerifyError(
+                f"after {after}: {'/'.join(target.path)} has {len(target.axes)} logical axes for {target.type}"
+            )
         _verify(target.node, f"after {after}: {'/'.join(target.path)}")
     return graph
 

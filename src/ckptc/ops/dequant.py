@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ckptc.ops.base import Array, Op, Parts
-from ckptc.ops.types import Axis, OpError, TensorType, numpy_dtype, replace_axis
+from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
 
 
 class Decode(Op):

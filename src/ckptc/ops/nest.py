@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import gcd, prod
 
 
@@ -137,7 +138,7 @@ def split_axis(axis: AxisMap, inner: int) -> list[tuple[AxisMap, AxisMap, int, i
     rows = sorted({axis.start, -(-axis.start // inner) * inner, axis.stop // inner * inner, axis.stop})
     cuts = [r for r in rows if axis.start <= r <= axis.stop]
     out = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         for m, step, tensor in restrict(axis, low, high):
             pieces = _split(m.start + low, (), _joined(m.factors), inner)
             out += [(outer, rest, step + s, tensor + t) for outer, rest, s, t in pieces]

@@ -70,7 +70,10 @@ def _record(value: Any) -> dict[str, Any]:
 def _array(array: Array) -> dict[str, Any]:
     record = _record(array)
     record["path"] = array.name
-    record["sources"] = [{k: _record(v) if isinstance(v, Decode) else v for k, v in _record(s).items() if v is not None} for s in array.sources]
+    record["sources"] = [
+        {k: _record(v) if isinstance(v, Decode) else v for k, v in _record(s).items() if v is not None}
+        for s in array.sources
+    ]
     record["parts"] = [_part(p) for p in array.parts]
     return record
 
@@ -78,7 +81,11 @@ def _array(array: Array) -> dict[str, Any]:
 def _part(part: Part) -> dict[str, Any]:
     """An axis is [start, [[size, weight, step, tensor], …]]; `value` stands where there is no source."""
     axes = [[a.start, [[f.size, f.weight, f.step, f.tensor] for f in a.factors]] for a in part.axes]
-    out: dict[str, Any] = {"value": part.value} if part.source is None else {"source": part.source, "base": part.base, "first": part.first}
+    out: dict[str, Any] = (
+        {"value": part.value}
+        if part.source is None
+        else {"source": part.source, "base": part.base, "first": part.first}
+    )
     return {**out, "axes": axes, "math": [list(m) for m in part.math]}
 
 
@@ -90,14 +97,27 @@ def loads(text: str | bytes, name: str = "plan") -> Plan:
         body = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise fail("invalid-plan", f"{name} is not valid JSON: {reason}", help="is the file whole? write it again with `ckptc compile -o`") from None
+        raise fail(
+            "invalid-plan",
+            f"{name} is not valid JSON: {reason}",
+            help="is the file whole? write it again with `ckptc compile -o`",
+        ) from None
     if not isinstance(body, dict) or "format" not in body or "arrays" not in body:
         raise fail("invalid-plan", f"{name} is not a ckptc plan", help="write one with `ckptc compile -o`")
     if body["format"] != FORMAT:
-        raise fail("plan-format", f"{name} is a plan of format {body['format']!r}, this ckptc runs format {FORMAT}", help="compile it again")
+        raise fail(
+            "plan-format",
+            f"{name} is a plan of format {body['format']!r}, this ckptc runs format {FORMAT}",
+            help="compile it again",
+        )
     _validate(body, name)
     if body["digest"] != digest(body):
-        raise fail("edited-plan", f"{name} was changed after it was written: its digest does not fit", notes=(f"expected: {digest(body)}", f"found:    {body['digest']}"), help="compile it again with the options you want")
+        raise fail(
+            "edited-plan",
+            f"{name} was changed after it was written: its digest does not fit",
+            notes=(f"expected: {digest(body)}", f"found:    {body['digest']}"),
+            help="compile it again with the options you want",
+        )
     return decode(body)
 
 
@@ -126,8 +146,18 @@ def _validate(body: dict[str, Any], name: str) -> None:
         where = "/".join(map(str, error.absolute_path))
         raise fail("invalid-plan", f"{name} is not a plan: {where or 'the plan'}: {error.message[:200]}")
     for row in rows or []:
-        if not (type(row) is list and len(row) == 4 and type(row[0]) is str and all(type(x) is int for x in row[1:]) and -1 <= row[1] and 0 <= row[2] <= row[3]):
-            raise fail("invalid-plan", f"{name} is not a plan: a row of `tensors` is not [name, file, begin, end]: {str(row)[:120]}")
+        if not (
+            type(row) is list
+            and len(row) == 4
+            and type(row[0]) is str
+            and all(type(x) is int for x in row[1:])
+            and row[1] >= -1
+            and 0 <= row[2] <= row[3]
+        ):
+            raise fail(
+                "invalid-plan",
+                f"{name} is not a plan: a row of `tensors` is not [name, file, begin, end]: {str(row)[:120]}",
+            )
     count = len(rows or [])
     for numbers in lists:
         if not all(type(x) is int and 0 <= x < count for x in numbers):

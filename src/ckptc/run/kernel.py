@@ -68,7 +68,9 @@ class Kernel:
         self._b = np.empty(BLOCK, dtype=np.uint32)
         self.scratch_bytes = self._a.nbytes + self._b.nbytes
 
-    def copy(self, source: Array, start: int, target: Array, at: int, loops: list[Loop], conversion: Conversion) -> None:
+    def copy(
+        self, source: Array, start: int, target: Array, at: int, loops: list[Loop], conversion: Conversion
+    ) -> None:
         """target[at + Σ i·target] = convert(source[start + Σ i·source]). Both are flat arrays of their stored dtype."""
         loops = simplify(loops)
         sizes = tuple(x.size for x in loops)
@@ -77,7 +79,7 @@ class Kernel:
             source, target = source.view(raw(source.itemsize)), target.view(raw(target.itemsize))
         src = _view(source, start, sizes, tuple(x.source for x in loops))
         dst = _view(target, at, sizes, tuple(x.target for x in loops))
-        if moves and (not loops or loops[-1].source == 1 or loops[-1].size * 4 < RUN and _short(loops)):
+        if moves and (not loops or loops[-1].source == 1 or (loops[-1].size * 4 < RUN and _short(loops))):
             np.copyto(dst, src)
             return
         extents = block_extents(loops, BLOCK)
@@ -134,7 +136,11 @@ class Kernel:
         np.add(odd, bits, out=odd)
         np.right_shift(odd, np.uint32(16), out=odd)
         # The low halves of the 32-bit results, as they lie on a little-endian machine.
-        return odd.view(np.uint16)[..., ::2].view(numpy_dtype("bfloat16")) if odd.ndim else odd.astype(np.uint16).view(numpy_dtype("bfloat16"))
+        return (
+            odd.view(np.uint16)[..., ::2].view(numpy_dtype("bfloat16"))
+            if odd.ndim
+            else odd.astype(np.uint16).view(numpy_dtype("bfloat16"))
+        )
 
 
 def _view(flat: Array, start: int, sizes: tuple[int, ...], steps: tuple[int, ...]) -> Array:

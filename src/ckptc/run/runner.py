@@ -46,7 +46,11 @@ class Report:
 
 
 def run(
-    plan: Plan, digest: str, output: Path, source: Path | None = None, on_progress: Callable[[Progress], None] = lambda _: None
+    plan: Plan,
+    digest: str,
+    output: Path,
+    source: Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
     """Executes exactly the plan, into `<output>/0`. `digest` is the plan's, kept in the checkpoint's metadata.
 
@@ -56,7 +60,11 @@ def run(
     directory = find_source(plan, source)
     final, partial = output / STEP, output / UNFINISHED
     if final.exists():
-        raise fail("output-exists", f"there is a checkpoint at {final} already", help="choose another --output, or remove it first")
+        raise fail(
+            "output-exists",
+            f"there is a checkpoint at {final} already",
+            help="choose another --output, or remove it first",
+        )
     files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
     check_unchanged(directory, files)
     shutil.rmtree(partial, ignore_errors=True)
@@ -98,7 +106,11 @@ def find_source(plan: Plan, source: Path | None) -> Path:
         return source
     found = recall(plan.made.source)
     if found is None:
-        raise fail("unknown-source", "where the plan's checkpoint lies is not known on this machine", help="say it with `--source DIR`")
+        raise fail(
+            "unknown-source",
+            "where the plan's checkpoint lies is not known on this machine",
+            help="say it with `--source DIR`",
+        )
     return found
 
 

@@ -140,11 +140,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         # String repetition, formatting and list products are ways to make something huge from something small.
         if operator in ("*", "%", "//") and not all(isinstance(v, int | float) for v in (left, right)):
             raise ExpressionError(f"`{operator}` takes two numbers")
-        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            if len(left) + len(right) > MAX_LENGTH:
-                raise ExpressionError(f"`+` makes something longer than {MAX_LENGTH}")
-        result = super().call_binop(context, operator, left, right)
-        return _usable(result)
+        long = isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple) and len(left) + len(right) > MAX_LENGTH
+        if operator == "+" and long:
+            raise ExpressionError(f"`+` makes something longer than {MAX_LENGTH}")
+        return _usable(super().call_binop(context, operator, left, right))
 
 
 def _environment() -> _Environment:

@@ -166,7 +166,9 @@ def find_model(name: str, mappings: tuple[Mapping, ...] | None = None) -> tuple[
     raise fail(
         "unknown-model",
         f"there is no model `{name}`",
-        help=f"did you mean `{best}`?" if best else "`ckptc models` lists every named model; `--mapping FILE` uses a mapping of your own",
+        help=f"did you mean `{best}`?"
+        if best
+        else "`ckptc models` lists every named model; `--mapping FILE` uses a mapping of your own",
     )
 
 
@@ -180,7 +182,8 @@ def _mapping(document: Document) -> Mapping:
         models=_models(document),
         multimodal=data.get("multimodal", False),
         unsupported=tuple(
-            Unsupported(u["layout"], u["reason"], u.get("when"), ("unsupported", n)) for n, u in enumerate(data.get("unsupported", []))
+            Unsupported(u["layout"], u["reason"], u.get("when"), ("unsupported", n))
+            for n, u in enumerate(data.get("unsupported", []))
         ),
         decode=tuple(
             Decoding(d["source"], d["stored"], _ops([d["op"]], ("decode", n))[0], d.get("when"), ("decode", n))
@@ -205,7 +208,12 @@ def _models(document: Document) -> dict[str, Model]:
             where = document.span(("models", name, "like"))
             if like not in data:
                 best = nearest(like, data)
-                raise fail("unknown-model", f"`like` names `{like}`, which is not a model of this family", span=where, help=best and f"did you mean `{best}`?")
+                raise fail(
+                    "unknown-model",
+                    f"`like` names `{like}`, which is not a model of this family",
+                    span=where,
+                    help=best and f"did you mean `{best}`?",
+                )
             current = data[like]
             if any(current is c for c in chain):
                 raise fail("unknown-model", f"`like` of `{name}` leads back to itself", span=where)
@@ -267,4 +275,17 @@ def _places(data: list[dict[str, Any]], where: Path_) -> tuple[Place, ...]:
     return tuple(out)
 
 
-__all__ = ["Block", "Ignore", "InputError", "Mapping", "Model", "OpSpec", "Origin", "Place", "Rule", "find_model", "load_mapping", "shipped"]
+__all__ = [
+    "Block",
+    "Ignore",
+    "InputError",
+    "Mapping",
+    "Model",
+    "OpSpec",
+    "Origin",
+    "Place",
+    "Rule",
+    "find_model",
+    "load_mapping",
+    "shipped",
+]

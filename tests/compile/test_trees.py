@@ -1,0 +1,27 @@
+"""Every named model, in every layout MaxText has: the compiled arrays are MaxText's own parameter tree, paths and shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckptc.compile.compiler import compile_plan
+from ckptc.compile.options import Options
+from ckptc.spec.mapping import shipped
+from reference import trees
+
+MODELS = {name: (mapping, model) for mapping in shipped() for name, model in mapping.models.items()}
+# Names MaxText has no tree for: another name, or a sister, of a model that it has.
+ALIASES = {"qwen3-coder-480b-a35b": "qwen3-480b-a35b"}
+CASES = [(name, layout) for name in MODELS for layout in trees().get(ALIASES.get(name, name), {})]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_arrays_are_maxtexts_tree(name: str, layout: str) -> None:
+    mapping, model = MODELS[name]
+    options = Options(
+        layout="unscanned" if layout.startswith("unscan") else "scanned", multimodal=layout.endswith(".mm")
+    )
+    plan = compile_plan(mapping, model, options)
+    expected = {path: tuple(shape) for path, (shape, _) in trees()[ALIASES.get(name, name)][layout].items()}
+    assert {a.name: a.shape for a in plan.arrays} == expected
+    assert [a.name for a in plan.arrays] == sorted(a.name for a in plan.arrays)
