@@ -184,12 +184,13 @@ SPANS: list[tuple[Path_, tuple[int, int, int] | None, tuple[int, int, int]]] = [
     (("tensors", 0, "ops"), (6, 5, 3), (6, 10, 1)),
     (("tensors", 0, "ops", 0), None, (6, 11, 1)),
     (("tensors", 0, "ops", 0, "scale"), (6, 12, 5), (6, 19, 1)),
+    (("tensors", 0, "ops", 1), None, (6, 23, 1)),
     (("tensors", 0, "ops", 1, "cast"), (6, 24, 4), (6, 30, 8)),
     (("tensors", 1), None, (7, 5, 10)),
     (("deep",), (8, 1, 4), (9, 5, 1)),
     (("deep", "wide"), (9, 5, 4), (9, 11, 1)),
     (("deep", "quoted"), (12, 5, 6), (12, 13, 1)),
-    (("deep", "nothing"), (14, 5, 7), (14, 13, 1)),
+    (("deep", "nothing"), (14, 5, 7), (14, 5, 7)),
     (("end",), (15, 1, 3), (15, 6, 4)),
 ]
 
@@ -242,10 +243,10 @@ def test_a_path_that_is_not_there_gives_what_encloses_it() -> None:
         ("'k': {j: 'vocab embed'}", 6, 5, "embed"),
         ("{a: 1, k: [vocab embed]}", 6, 5, "embed"),
         ("k: é😀 embed", 3, 5, "embed"),
-        ("k: vocab embed", 13, 1, "d"),
+        ("k: vocab embed", 10, 1, "d"),
         ("k: vocab embed", 5, 0, " "),
         # beyond the text, or not the text as written: the whole value
-        ("k: vocab embed", 13, 2, "vocab embed"),
+        ("k: vocab embed", 10, 2, "vocab embed"),
         ("k: 'vocab embed'", 11, 1, "'vocab embed'"),
         ('k: "vocab\\tembed"', 6, 5, '"vocab\\tembed"'),
         ("k: 'it''s embed'", 5, 5, "'it''s embed'"),

@@ -10,21 +10,17 @@ import re
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
 
-from ckptc.diagnostics import Diagnostic, InputError, nearest
+from ckptc.diagnostics import Diagnostic, nearest
 from ckptc.ir.graph import Graph, Leaf, leaves
 from ckptc.ir.source import SourceTensor
 from ckptc.ops.types import TensorType
 
 
-def check(graph: Graph, tensors: MappingOf[str, SourceTensor]) -> Graph:
-    """The same graph. Raises InputError: `missing-tensor`, `shape-mismatch`, `dtype-mismatch`."""
+def check(graph: Graph, tensors: MappingOf[str, SourceTensor]) -> list[Diagnostic]:
+    """What is wrong, without repetitions: `missing-tensor`, `shape-mismatch`, `dtype-mismatch`."""
     shapes = _Names(tensors)
-    problems = [
-        d for target in graph.targets for leaf in leaves(target.node) for d in _leaf(leaf, target.rule, tensors, shapes)
-    ]
-    if problems:
-        raise InputError(dict.fromkeys(problems))
-    return graph
+    found = (d for t in graph.targets for leaf in leaves(t.node) for d in _leaf(leaf, t.rule, tensors, shapes))
+    return list(dict.fromkeys(found))
 
 
 def missing(graph: Graph, tensors: Iterable[str]) -> int:

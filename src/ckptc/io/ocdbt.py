@@ -376,9 +376,7 @@ def _child_bytes(child: Child) -> int:
     return _INTERIOR_ENTRY_BYTES + len(child.key) + len(file.base) + len(file.relative)
 
 
-def _groups(
-    items: Iterable[_T], size: Callable[[_T], int], limit: int, least: int
-) -> Iterator[tuple[list[_T], bool]]:
+def _groups(items: Iterable[_T], size: Callable[[_T], int], limit: int, least: int) -> Iterator[tuple[list[_T], bool]]:
     """Cut `items` into nodes of at least `least` items and, beyond that, at most `limit` bytes.
 
     With each comes whether it is the only one, and so the root: the last group is held back to know it.

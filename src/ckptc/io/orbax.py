@@ -55,9 +55,7 @@ _BUSY = -2  # instead of the offset of a chunk that is being written
 class ArraySpec:
     """One array of the checkpoint."""
 
-    path: tuple[
-        str, ...
-    ]  # keys of the nested dicts: ("params", "params", "decoder", "decoder_norm", "scale")
+    path: tuple[str, ...]  # keys of the nested dicts: ("params", "params", "decoder", "decoder_norm", "scale")
     shape: tuple[int, ...]
     dtype: str  # as numpy and ml_dtypes spell it: bfloat16, float32, int32, float8_e4m3fn, …
     chunk: tuple[int, ...]  # elements of a storage chunk; chunks at the edge are stored whole

@@ -158,9 +158,7 @@ class Array:
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         view = data.cast("B")
         if view.nbytes != self.chunk_bytes:
-            raise ValueError(
-                f"chunk {tuple(index)} of {self.name} has {self.chunk_bytes} bytes, not {view.nbytes}"
-            )
+            raise ValueError(f"chunk {tuple(index)} of {self.name} has {self.chunk_bytes} bytes, not {view.nbytes}")
         return view
 
 

@@ -173,6 +173,8 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
                 raise fail("duplicate-key", f"key `{key}` is given twice", span=key_span)
             document.keys[(*path, key)] = key_span
             out[key] = _build(value_node, document, (*path, key))
+            if value_node.start_mark.index == value_node.end_mark.index:  # nothing is there; YAML would point at what comes next
+                document.values[(*path, key)] = key_span
         return out
     if isinstance(node, SequenceNode):
         return [_build(item, document, (*path, i)) for i, item in enumerate(node.value)]

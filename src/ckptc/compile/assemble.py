@@ -1,0 +1,163 @@
+"""assemble: graph, parts and headers become the plan's records.
+
+Before: targets whose leaves name tensors. After: arrays with chunks and units, whose sources are positions in one table of tensors,
+numbered as they lie in the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping as MappingOf
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import ckptc
+from ckptc.compile.coverage import left_out
+from ckptc.compile.fold import Folded
+from ckptc.compile.options import Options
+from ckptc.compile.schedule import account, choose, read_ratio, shard_counts, unit_budget
+from ckptc.ir.graph import Graph, Leaf, Target
+from ckptc.ir.source import Checkpoint, SourceTensor
+from ckptc.ops.types import itemsize
+from ckptc.plan import model as plan
+from ckptc.spec.mapping import Mapping, Model
+
+Tensors = MappingOf[str, SourceTensor]
+
+
+def assemble(
+    mapping: Mapping,
+    model: Model,
+    options: Options,
+    dims: MappingOf[str, Any],
+    naming: str,
+    graph: Graph,
+    folded: tuple[Folded, ...],
+    checkpoint: Checkpoint | None,
+) -> plan.Plan:
+    """The plan of a checked graph."""
+    table = _Table(checkpoint, folded)
+    arrays = tuple(_array(t, f, options, table) for t, f in zip(graph.targets, folded, strict=True))
+    return plan.Plan(
+        made=plan.Made(
+            ckptc=ckptc.__version__,
+            model=model.name,
+            family=mapping.family,
+            repo=model.repo,
+            mapping=sha256(mapping.document.text.encode()),
+            source=source_digest(checkpoint) if checkpoint else None,
+        ),
+        choices=plan.Choices(
+            layout=options.layout,
+            dtype=options.dtype,
+            multimodal=options.multimodal,
+            shards=options.shards,
+            memory=options.memory,
+            naming=naming,
+            dims=tuple(dims.items()),
+        ),
+        files=tuple(plan.File(f.name, f.size, f.header_digest) for f in checkpoint.files) if checkpoint else (),
+        tensors=table.rows,
+        arrays=arrays,
+        left_out=_left_out(graph, checkpoint),
+        totals=_totals(arrays, table),
+    )
+
+
+def _left_out(graph: Graph, checkpoint: Checkpoint | None) -> tuple[plan.LeftOut, ...]:
+    """With a checkpoint, the entries of `ignore` that cover some of its tensors; without, all of them."""
+    tensors = checkpoint.tensors if checkpoint else {}
+    return tuple(
+        plan.LeftOut(x.pattern, x.reason, len(x.tensors), sum(tensors[n].end - tensors[n].begin for n in x.tensors))
+        for x in left_out(graph, tensors)
+        if x.tensors or not checkpoint
+    )
+
+
+def _totals(arrays: tuple[plan.Array, ...], table: _Table) -> plan.Totals:
+    # Arrays of different layers are alike: each kind is accounted once.
+    accounts: dict[object, tuple[int, int]] = {}
+    read = peak = 0
+    for array in arrays:
+        kinds = tuple(replace(s, tensors=(), decode=s.decode and replace(s.decode, tensors=())) for s in array.sources)
+        key = (array.shape, array.unit, array.dtype, array.parts, kinds)
+        if key not in accounts:
+            accounts[key] = account(array)
+        read, peak = read + accounts[key][0], max(peak, accounts[key][1])
+    return plan.Totals(
+        arrays=len(arrays),
+        tensors=len(table.rows),
+        parameters=sum(prod(a.shape) for a in arrays),
+        read_bytes=read,
+        write_bytes=sum(a.nbytes for a in arrays),
+        peak_memory_bytes=peak,
+    )
+
+
+class _Table:
+    """The tensors a plan reads, numbered as they lie in the files, so that reading by number reads forwards."""
+
+    def __init__(self, checkpoint: Checkpoint | None, folded: tuple[Folded, ...]) -> None:
+        known: Tensors = checkpoint.tensors if checkpoint else {}
+        size: dict[str, int] = {}
+        for leaf in (leaf for fold in folded for leaf in fold.leaves):
+            stored = leaf.decoded.stored if leaf.decoded else leaf.each
+            size.update(dict.fromkeys(leaf.tensors, stored.nbytes))
+            if leaf.decoded:
+                size.update(dict.fromkeys(leaf.decoded.scales, leaf.decoded.scale.nbytes))
+
+        def row(name: str) -> plan.Tensor:
+            tensor = known.get(name)
+            return (
+                plan.Tensor(name, tensor.file, tensor.begin, tensor.end)
+                if tensor
+                else plan.Tensor(name, -1, 0, size[name])
+            )
+
+        rows = [row(name) for name in size]
+        self.rows = tuple(sorted(rows, key=lambda t: (t.file, t.begin, t.name)) if known else rows)
+        self.position = {t.name: i for i, t in enumerate(self.rows)}
+
+
+def _array(target: Target, folded: Folded, options: Options, table: _Table) -> plan.Array:
+    shape, dtype = target.type.shape, target.type.dtype
+    shards = shard_counts(shape, options.shards)
+    sources = tuple(_source(leaf, table) for leaf in folded.leaves)
+    stored = max((itemsize(s.dtype) for s in sources), default=0)
+    cost = itemsize(dtype) + max(1, round(stored * read_ratio(folded.parts)))
+    chunk, unit = choose(shape, folded.parts, shards, cost, unit_budget(options.memory))
+    return plan.Array(
+        target.path,
+        shape,
+        dtype,
+        chunk,
+        unit,
+        shards,
+        target.axes,
+        target.rule,
+        target.steps,
+        sources,
+        folded.parts,
+    )
+
+
+def _source(leaf: Leaf, table: _Table) -> plan.Source:
+    positions = tuple(table.position[n] for n in leaf.tensors)
+    if leaf.decoded is None:
+        return plan.Source(leaf.each.dtype, leaf.each.shape, positions)
+    d = leaf.decoded
+    block = getattr(d.op, "block", ())
+    decode = plan.Decode(d.op.name, block, d.scale.dtype, d.scale.shape, tuple(table.position[n] for n in d.scales))
+    return plan.Source(d.stored.dtype, d.stored.shape, positions, decode)
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def source_digest(checkpoint: Checkpoint) -> str:
+    """Of the names, sizes and header digests of all files."""
+    files = [[f.name, f.size, f.header_digest] for f in checkpoint.files]
+    return sha256(json.dumps(files, separators=(",", ":")).encode())
