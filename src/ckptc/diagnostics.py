@@ -55,9 +55,10 @@ def fail(
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name most like `word`, or None when nothing is close."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """The known name most like `word`, or None when nothing is close. Swapped letters (form, from) are the closest."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    swapped = [name for name in close if sorted(name) == sorted(word)]
+    return next(iter(swapped + close), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

@@ -1,7 +1,7 @@
 """What index nests mean, said slowly: every element of every part, one after the other.
 
-This is the reference for whatever runs parts fast. It trusts nothing: indices are checked against the tensors' sizes, and
-every element of the target must be written exactly once.
+This is the reference for whatever runs parts fast. It trusts nothing: indices are checked against the
+tensors' sizes, and every element of the target must be written exactly once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 def evaluate(parts: Iterable[Part], sources: Sequence[Sequence[Array]], shape: tuple[int, ...], dtype: str) -> Array:
     """The array of `shape` and `dtype` that `parts` describe. `sources[leaf][tensor]` are the arrays read.
 
-    Raises AssertionError where an index leaves its tensor or the target, where an element is written twice or never, and where
-    the parts' arithmetic does not end in `dtype`.
+    Raises AssertionError where an index leaves its tensor or the target, where an element is written twice or never,
+    and where the parts' arithmetic does not end in `dtype`.
     """
     out = np.zeros(shape, dtype_of(dtype))
     written = np.zeros(shape, np.int64)

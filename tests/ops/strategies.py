@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from tests.ops.evaluate import Array, dtype_of
 
 from ckptc.ops import (
     Add,
@@ -36,7 +37,6 @@ from ckptc.ops import (
 from ckptc.ops.base import Parts
 from ckptc.ops.nest import Part, whole
 from ckptc.ops.rename import Rename
-from tests.ops.evaluate import Array, dtype_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -94,7 +94,7 @@ def factorings(n: int, most: int = 3) -> list[tuple[int, ...]]:
     return out
 
 
-# --- one op, and input types it fits -----------------------------------------------------------------------------------
+# --- one op, and input types it fits ------------------------------------------------------------
 
 
 def rearrange_for(draw: Draw, type_: TensorType) -> Rearrange:
@@ -125,7 +125,11 @@ def op_for(draw: Draw, kind: type[Op], type_: TensorType) -> Op | None:
     if kind is Cast:
         return Cast(draw(st.sampled_from(FLOATS)) if type_.dtype in FLOATS else type_.dtype)
     if kind is Transpose:
-        return Transpose(tuple(draw(st.permutations([a.name for a in type_.axes])))) if len(axes) == len(type_.axes) else None
+        return (
+            Transpose(tuple(draw(st.permutations([a.name for a in type_.axes]))))
+            if len(axes) == len(type_.axes)
+            else None
+        )
     if not axes:
         return None
     at = draw(st.sampled_from(axes))
@@ -141,7 +145,9 @@ def op_for(draw: Draw, kind: type[Op], type_: TensorType) -> Op | None:
         return ReshapeHeads(axis.name, into) if kind is ReshapeHeads else SplitLast(into)
     if kind is Split or kind is Interleave:
         parts = draw(st.sampled_from([n for n in range(1, axis.size + 1) if axis.size % n == 0]))
-        return Split(axis.name, parts, draw(st.integers(0, parts - 1))) if kind is Split else Interleave(axis.name, parts)
+        return (
+            Split(axis.name, parts, draw(st.integers(0, parts - 1))) if kind is Split else Interleave(axis.name, parts)
+        )
     if kind is PermuteRope:
         return PermuteRope(axis.name) if axis.size % 2 == 0 else None
     if kind is Slice:
@@ -206,7 +212,10 @@ def _mxfp4(draw: Draw) -> Case:
 # The laws hold for every op that is listed here; a test asserts that all of the vocabulary is.
 CASES: dict[type[Op], st.SearchStrategy[Case]] = {
     **{kind: _single(kind) for kind in (Rearrange, Transpose, Cast)},
-    **{kind: _single(kind, least=1) for kind in (ReshapeHeads, SplitLast, Split, Slice, Interleave, PermuteRope, Pad, Resize, Rename)},
+    **{
+        kind: _single(kind, least=1)
+        for kind in (ReshapeHeads, SplitLast, Split, Slice, Interleave, PermuteRope, Pad, Resize, Rename)
+    },
     Scale: _single(Scale, NARROW),
     Add: _single(Add, NARROW),
     Concat: _concat(),
@@ -216,7 +225,7 @@ CASES: dict[type[Op], st.SearchStrategy[Case]] = {
 }
 
 
-# --- leaves and chains -------------------------------------------------------------------------------------------------
+# --- leaves and chains --------------------------------------------------------------------------
 
 
 @dataclass
@@ -254,7 +263,24 @@ def apply(op: Op, inputs: Sequence[Made]) -> Made:
     )
 
 
-STEPS = (Rearrange, Rearrange, Transpose, ReshapeHeads, SplitLast, Split, Slice, Slice, Interleave, PermuteRope, Pad, Pad, Resize, Scale, Add, Cast)
+STEPS = (
+    Rearrange,
+    Rearrange,
+    Transpose,
+    ReshapeHeads,
+    SplitLast,
+    Split,
+    Slice,
+    Slice,
+    Interleave,
+    PermuteRope,
+    Pad,
+    Pad,
+    Resize,
+    Scale,
+    Add,
+    Cast,
+)
 
 
 def _steps(draw: Draw, made: Made, count: int) -> Made:
@@ -269,7 +295,9 @@ def _steps(draw: Draw, made: Made, count: int) -> Made:
 def chains(draw: Draw) -> Made:
     """Leaves, steps on one of them, perhaps a join with others, and steps after it."""
     type_ = draw(types())
-    made = _steps(draw, leaf(type_, draw(st.integers(0, 99)), 0, draw(st.integers(0, len(type_.axes)))), draw(st.integers(0, 4)))
+    made = _steps(
+        draw, leaf(type_, draw(st.integers(0, 99)), 0, draw(st.integers(0, len(type_.axes)))), draw(st.integers(0, 4))
+    )
     join = draw(st.sampled_from((None, None, "concat", "stack")))
     if join is not None:
         at = named(made.type)
@@ -280,7 +308,9 @@ def chains(draw: Draw) -> Made:
         for number in range(1, draw(st.integers(2, 3))):
             size = draw(st.integers(1, 4))
             axes = tuple(Axis(a.name, size) if a is axis else a for a in made.type.axes)
-            others.append(leaf(made.type.with_axes(axes), draw(st.integers(0, 99)), number, draw(st.integers(0, len(axes)))))
+            others.append(
+                leaf(made.type.with_axes(axes), draw(st.integers(0, 99)), number, draw(st.integers(0, len(axes))))
+            )
         op = Stack(fresh(made.type, 1)[0]) if axis is None else Concat(axis.name)
         if others and sum(m.type.size for m in (made, *others)) <= MAX_ELEMENTS:
             made = _steps(draw, apply(op, [made, *others]), draw(st.integers(0, 4)))

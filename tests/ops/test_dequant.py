@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from ckptc.ops import Axis, DequantBlockFp8, DequantMxfp4, TensorType
 from tests.ops.evaluate import Array, same
 from tests.ops.strategies import CASES, bits
+
+from ckptc.ops import Axis, Decode, DequantBlockFp8, DequantMxfp4, TensorType
+from ckptc.ops.dequant import decode_op
 
 relaxed = settings(max_examples=60, deadline=None)
 
@@ -44,7 +45,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def slow_block_fp8(values: Array, scales: Array, block: tuple[int, ...]) -> Array:
-    """DeepSeek-V3, README_WEIGHTS.md: each block is multiplied by its `weight_scale_inv`; blocks at the edge are cut short."""
+    """DeepSeek-V3, README_WEIGHTS.md: each block times its `weight_scale_inv`; blocks at the edge are cut short."""
     decode = e4m3 if values.dtype == ml_dtypes.float8_e4m3fn else e5m2
     codes, out = values.view(np.uint8), np.zeros(values.shape, np.float32)
     lead = values.ndim - len(block)
@@ -65,18 +66,47 @@ def slow_mxfp4(blocks: Array, scales: Array) -> Array:
             for byte in blocks[(*lead, group)].tolist():
                 for code in (byte & 15, byte >> 4):
                     value = (-1.0 if code & 8 else 1.0) * E2M1[code & 7] * scale
-                    row.append(value if abs(value) <= 3.4028235e38 or value != value else math.copysign(math.inf, value))
+                    row.append(
+                        value if abs(value) <= 3.4028235e38 or value != value else math.copysign(math.inf, value)
+                    )
         rows.append(row)
     return np.array(rows, np.float32).reshape(*blocks.shape[:-2], -1)
 
 
 @relaxed
 @given(case=CASES[DequantBlockFp8], seed=st.integers(0, 99))
-def test_block_fp8_is_value_times_the_scale_of_its_block(case: tuple[DequantBlockFp8, tuple[TensorType, ...]], seed: int) -> None:
+def test_block_fp8_is_value_times_the_scale_of_its_block(
+    case: tuple[DequantBlockFp8, tuple[TensorType, ...]], seed: int
+) -> None:
     op, ins = case
     values, scales = bits(seed, ins[0]), bits(seed + 1, ins[1])
     with np.errstate(all="ignore"):
         assert same(op.forward([values, scales], ins), slow_block_fp8(values, scales, op.block))
+
+
+@pytest.mark.parametrize("kind", [DequantBlockFp8, DequantMxfp4], ids=lambda kind: kind.name)
+@relaxed
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_a_row_can_be_decoded_on_its_own(kind: type[Decode], data: st.DataObject, seed: int) -> None:
+    op, ins = data.draw(CASES[kind])
+    values, scales = bits(seed, ins[0]), bits(seed + 1, ins[1])
+    layout = op.rows(ins[0].shape)
+    with np.errstate(all="ignore"):
+        whole = op.forward([values, scales], ins).reshape(-1, layout.length)
+        assert len(whole) == math.prod(layout.axes)
+        at = layout.scale_rows(np.arange(len(whole)))
+        for row, scale_row in zip(range(len(whole)), scales.reshape(-1, layout.scales)[at], strict=True):
+            codes = values.reshape(-1, layout.stored)[row]
+            if kind is DequantBlockFp8:
+                one = slow_block_fp8(codes, scale_row, (layout.group,))
+            else:
+                one = slow_mxfp4(codes.reshape(layout.scales, -1), scale_row.view(np.uint8))
+            assert same(whole[row], one)
+
+
+def test_an_op_is_found_by_its_name() -> None:
+    assert decode_op("dequant_block_fp8", (2, 3)) == DequantBlockFp8((2, 3))
+    assert decode_op("dequant_mxfp4", ()) == DequantMxfp4()
 
 
 def test_block_fp8_edge_blocks_may_be_incomplete() -> None:
@@ -92,7 +122,9 @@ def test_block_fp8_edge_blocks_may_be_incomplete() -> None:
 
 @relaxed
 @given(case=CASES[DequantMxfp4], seed=st.integers(0, 99))
-def test_mxfp4_is_code_times_the_scale_of_its_group(case: tuple[DequantMxfp4, tuple[TensorType, ...]], seed: int) -> None:
+def test_mxfp4_is_code_times_the_scale_of_its_group(
+    case: tuple[DequantMxfp4, tuple[TensorType, ...]], seed: int
+) -> None:
     op, ins = case
     blocks, scales = bits(seed, ins[0]), bits(seed + 1, ins[1])
     with np.errstate(all="ignore"):
@@ -102,7 +134,7 @@ def test_mxfp4_is_code_times_the_scale_of_its_group(case: tuple[DequantMxfp4, tu
 
 @pytest.mark.parametrize("dtype", ["uint8", "float8_e8m0fnu"])
 def test_mxfp4_of_every_byte_under_every_scale(dtype: str) -> None:
-    """All codes at all exponents: subnormal results are exact, overflow is infinite, scale 255 is NaN even for zeros."""
+    """All codes, all exponents: subnormal results are exact, overflow is infinite, scale 255 is NaN even for zeros."""
     blocks = np.tile(np.arange(256, dtype=np.uint8).reshape(1, 16, 16), (256, 1, 1))
     scales = np.tile(np.arange(256, dtype=np.uint8).reshape(256, 1), (1, 16))
     ins = (
@@ -125,11 +157,16 @@ def test_mxfp4_reads_the_low_nibble_first() -> None:
 
 
 def test_mxfp4_gives_the_groups_axis_its_elements() -> None:
-    ins = (TensorType((Axis("e", 2), Axis("mlp", 3), Axis("b", 16)), "uint8"), TensorType((Axis("e", 2), Axis("mlp", 3)), "uint8"))
+    ins = (
+        TensorType((Axis("e", 2), Axis("mlp", 3), Axis("b", 16)), "uint8"),
+        TensorType((Axis("e", 2), Axis("mlp", 3)), "uint8"),
+    )
     assert DequantMxfp4().infer(ins) == TensorType((Axis("e", 2), Axis("mlp", 96)), "float32")
 
 
-@pytest.mark.parametrize(("decode", "dtype"), [(e4m3, "float8_e4m3fn"), (e5m2, "float8_e5m2"), (e8m0, "float8_e8m0fnu")])
+@pytest.mark.parametrize(
+    ("decode", "dtype"), [(e4m3, "float8_e4m3fn"), (e5m2, "float8_e5m2"), (e8m0, "float8_e8m0fnu")]
+)
 def test_the_libraries_decode_bytes_as_published(decode: object, dtype: str) -> None:
     every = np.arange(256, dtype=np.uint8)
     want = np.array([decode(b) for b in range(256)], np.float32)  # type: ignore[operator]

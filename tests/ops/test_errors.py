@@ -33,6 +33,7 @@ from ckptc.ops import (
     TensorType,
     Transpose,
 )
+from ckptc.ops.dequant import decode_op
 from ckptc.ops.pattern import parse_pattern
 from ckptc.ops.rename import Rename
 from ckptc.ops.types import numpy_dtype
@@ -58,15 +59,18 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
     *(
         (op, [AB, AB], f"`{op.name}` takes one input, `from` has 2 parts")
         for op in (
-            SWAP, Transpose(("b", "a")), ReshapeHeads("b", axes("x=3")), SplitLast(axes("x=3")), Split("a", 2, 0), Slice((("a", 0, 1),)),
-            Interleave("a", 2), PermuteRope("a"), Scale(2), Add(1), Pad("a", 3), Resize("a", 1), Cast("bfloat16"), Rename(0, "x"),
+            SWAP, Transpose(("b", "a")), ReshapeHeads("b", axes("x=3")), SplitLast(axes("x=3")), Split("a", 2, 0),
+            Slice((("a", 0, 1),)),
+            Interleave("a", 2), PermuteRope("a"), Scale(2), Add(1), Pad("a", 3), Resize("a", 1), Cast("bfloat16"),
+            Rename(0, "x"),
         )
     ),
     # an axis that is not there, whatever the op
     *(
         (op, [AB], "there is no axis `x`; the axes are a b")
         for op in (
-            Transpose(("a", "x")), ReshapeHeads("x", axes("y=3")), Split("x", 2, 0), Slice((("x", 0, 1),)), Interleave("x", 2), PermuteRope("x"),
+            Transpose(("a", "x")), ReshapeHeads("x", axes("y=3")), Split("x", 2, 0), Slice((("x", 0, 1),)),
+            Interleave("x", 2), PermuteRope("x"),
             Pad("x", 3), Resize("x", 3),
         )
     ),
@@ -104,7 +108,8 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
     (Resize("b", 0), [AB], "`resize` to 0 leaves nothing"),
     # joining
     (Concat("a"), [AB], "`concat` joins the parts of a list in `from`; there is one"),
-    (Concat("a"), [AB, t("a=2 b=4")], "`concat` joins arrays of one type, but there are float32[a=2, b=3] and float32[a=2, b=4]"),
+    (Concat("a"), [AB, t("a=2 b=4")],
+        "`concat` joins arrays of one type, but there are float32[a=2, b=3] and float32[a=2, b=4]"),
     (Concat("a"), [AB, t("a=2")], "`concat` joins arrays of one type"),
     (Concat("a"), [AB, t("a=2 b=3", "bfloat16")], "float32[a=2, b=3] and bfloat16[a=2, b=3]"),
     (Concat("a"), [AB, t("x=2 b=3")], "float32[a=2, b=3] and float32[x=2, b=3]"),
@@ -128,12 +133,15 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
     (Add(1e39), [AB], "not 1e+39"),
     (Cast("bfloat16"), [t("a=2", "int64")], "`cast` is between floating dtypes, not from int64 to bfloat16"),
     (Cast("int64"), [AB], "not from float32 to int64"),
-    *((Cast(n), [AB], f"`{n}` is not a dtype") for n in ("float31", "f4", "float", "finfo", "O", "object", "S3", "V8", "i4,i4", "__version__", "(2", "", "void")),
+    *((Cast(n), [AB], f"`{n}` is not a dtype") for n in ("float31", "f4", "float", "finfo", "O", "object", "S3", "V8",
+        "i4,i4", "__version__", "(2", "", "void")),
     # dequantising
     (DequantBlockFp8((2, 2)), [FP8], "`dequant_block_fp8` takes a tensor and its scales"),
     (DequantBlockFp8((2, 2)), [FP8] * 3, "takes a tensor and its scales"),
-    (DequantBlockFp8((2, 2)), [AB, AB], "`dequant_block_fp8` decodes float8_e4m3fn or float8_e5m2, the tensor is float32"),
-    (DequantBlockFp8((2, 2)), [FP8, t("3 2", "float16")], "takes scales in float32 or bfloat16 or float8_e8m0fnu, they are float16"),
+    (DequantBlockFp8((2, 2)), [AB, AB],
+        "`dequant_block_fp8` decodes float8_e4m3fn or float8_e5m2, the tensor is float32"),
+    (DequantBlockFp8((2, 2)), [FP8, t("3 2", "float16")],
+        "takes scales in float32 or bfloat16 or float8_e8m0fnu, they are float16"),
     (DequantBlockFp8((2, 2)), [FP8, t("2 1")], "`dequant_block_fp8`: the scales of [5, 3] are [3, 2], found [2, 1]"),
     (DequantBlockFp8((2, 2)), [FP8, t("3")], "are [3, 2], found [3]"),
     (DequantBlockFp8((2, 2, 2)), [FP8, t("3 2")], "a block [2, 2, 2] does not fit a tensor [5, 3]"),
@@ -141,7 +149,8 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
     (DequantMxfp4(), [t("g=2 b=16", "uint8")], "`dequant_mxfp4` takes a tensor and its scales"),
     (DequantMxfp4(), [t("g=2 b=16", "int8"), t("2", "uint8")], "`dequant_mxfp4` decodes uint8, the tensor is int8"),
     (DequantMxfp4(), [t("g=2 b=16", "uint8"), t("2")], "takes scales in uint8 or float8_e8m0fnu, they are float32"),
-    (DequantMxfp4(), [t("g=2 b=15", "uint8"), t("2", "uint8")], "mxfp4 blocks are [.., groups, 16] bytes, found [2, 15]"),
+    (DequantMxfp4(), [t("g=2 b=15", "uint8"), t("2", "uint8")],
+        "mxfp4 blocks are [.., groups, 16] bytes, found [2, 15]"),
     (DequantMxfp4(), [t("b=16", "uint8"), t("", "uint8")], "mxfp4 blocks are [.., groups, 16] bytes, found [16]"),
     (DequantMxfp4(), [t("g=2 b=16", "uint8"), t("3", "uint8")], "the scales of [2, 16] are [2], found [3]"),
 ]  # fmt: skip
@@ -150,8 +159,15 @@ OTHER: list[tuple[Callable[[], object], str]] = [
     (lambda: Rearrange(((A,),), ((A,), (B,))), "every axis stands on both sides of a pattern; only on the right: b"),
     (lambda: Rearrange(((A,), (B,)), ((A,),)), "every axis stands on both sides of a pattern; only on the left: b"),
     (lambda: Rearrange(((A,),), ((Axis("a", 3),),)), "only on the left: a"),
-    (lambda: Rearrange(((A,), (Axis("a", 3),)), ((A,), (Axis("a", 3),))), "an axis stands once on each side of a pattern; more often: a"),
-    (lambda: DequantMxfp4().lower([[], []], [AB, AB]), "`dequant_mxfp4` decodes a source tensor as it is stored: it comes first"),
+    (
+        lambda: Rearrange(((A,), (Axis("a", 3),)), ((A,), (Axis("a", 3),))),
+        "an axis stands once on each side of a pattern; more often: a",
+    ),
+    (
+        lambda: DequantMxfp4().lower([[], []], [AB, AB]),
+        "`dequant_mxfp4` decodes a source tensor as it is stored: it comes first",
+    ),
+    (lambda: decode_op("scale", ()), "`scale` does not decode"),
     (lambda: numpy_dtype("complex"), "`complex` is not a dtype"),
     (lambda: parse_pattern("(a"), "never closed"),
     (lambda: parse_pattern("a)"), "without `(`"),
@@ -230,4 +246,8 @@ def test_an_op_describes_itself(op: Op, text: str) -> None:
 
 def test_a_type_shows_its_axes() -> None:
     assert str(t("a=2 1 b=3", "bfloat16")) == "bfloat16[a=2, 1, b=3]"
-    assert (t("a=2 b=3", "bfloat16").size, t("a=2 b=3", "bfloat16").nbytes, t("a=2 b=3", "bfloat16").shape) == (6, 12, (2, 3))
+    assert (t("a=2 b=3", "bfloat16").size, t("a=2 b=3", "bfloat16").nbytes, t("a=2 b=3", "bfloat16").shape) == (
+        6,
+        12,
+        (2, 3),
+    )

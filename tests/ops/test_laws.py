@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.ops.evaluate import Array, counters, dtype_of, elements, evaluate, same
+from tests.ops.strategies import CASES, STEPS, Made, apply, bits, boxes, chains, leaf, moderate, op_for, types
 
 from ckptc.ops import (
     VOCABULARY,
@@ -31,11 +33,13 @@ from ckptc.ops import (
 from ckptc.ops.nest import AxisMap, Factor, Part, merge_axes, restrict_part, split_axis, whole
 from ckptc.ops.rename import Rename
 from ckptc.ops.types import Axis
-from tests.ops.evaluate import Array, counters, dtype_of, elements, evaluate, same
-from tests.ops.strategies import CASES, STEPS, Made, apply, bits, boxes, chains, leaf, moderate, op_for, types
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
+relaxed = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
 ARITHMETIC = (Scale, Add)
 every_op = pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.name)
 
@@ -80,7 +84,9 @@ def test_the_inverse_gives_each_input_back(kind: type[Op], data: st.DataObject) 
         return
     assert kind not in (Slice, Split, DequantBlockFp8, DequantMxfp4)
     assert len(inverses) == len(ins)
-    arrays = [moderate(i, t) for i, t in enumerate(ins)] if any(i.rounds for i in inverses) else inputs_for(kind, ins, 1)
+    arrays = (
+        [moderate(i, t) for i, t in enumerate(ins)] if any(i.rounds for i in inverses) else inputs_for(kind, ins, 1)
+    )
     with np.errstate(all="ignore"):
         out, type_ = op.forward(arrays, ins), op.infer(ins)
     for inverse, array, input in zip(inverses, arrays, ins, strict=True):
@@ -101,11 +107,13 @@ def types_along(ops: Sequence[Op], type_: TensorType) -> list[TensorType]:
 
 
 def bound(op: Op, array: Array, dtype: str) -> Array:
-    """How far a rounding inverse may be off, for inputs of moderate size: a few roundings of the narrowest dtype on the way."""
+    """How far a rounding inverse may be off, for moderate inputs: a few roundings of the narrowest dtype on the way."""
     magnitude = np.abs(array.astype(np.float64))
     if isinstance(op, Add):
         magnitude = magnitude + 2 * abs(op.term)
-    narrowest = max(float(ml_dtypes.finfo(dtype_of(n)).eps) for n in (op.dtype if isinstance(op, Cast) else "float32", dtype))
+    narrowest = max(
+        float(ml_dtypes.finfo(dtype_of(n)).eps) for n in (op.dtype if isinstance(op, Cast) else "float32", dtype)
+    )
     smallest = float(ml_dtypes.finfo(dtype_of(op.dtype if isinstance(op, Cast) else "float32")).smallest_subnormal)
     return 1.5 * narrowest * magnitude + smallest
 

@@ -92,10 +92,10 @@ def test_any_text_parses_or_fails_within_it(text: str) -> None:
     try:
         parse_pattern(text)
     except PatternError as error:
-        assert 0 <= error.at and error.at + error.length <= len(text)
+        assert error.at >= 0 and error.at + error.length <= len(text)
 
 
 def test_a_long_pattern_takes_time_in_proportion() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     parse_pattern("1 " * 200_000)
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 MIB = 1 << 20
 _UNITS = {
     "": 1,
-    "B": 1,
     "K": 10**3,
     "M": 10**6,
     "G": 10**9,
@@ -19,16 +19,19 @@ _UNITS = {
     "TI": 1 << 40,
 }
 MEMORY_LEAST = 1 * MIB
+LARGEST = 10**18  # that a number may be, here and in mappings
 
 
 def compilation(parser: argparse.ArgumentParser, source_required: bool = False) -> None:
     """What decides a plan."""
     parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
     parser.add_argument(
-        "--source", metavar="DIR", required=source_required,
-        help="a checkpoint: config.json and safetensors files. Its config decides the dims, its headers check every shape"
-        + ("" if source_required else " (default: the numbers shipped for the model)"),
-    )  # fmt: skip
+        "--source",
+        metavar="DIR",
+        required=source_required,
+        help="a checkpoint: config.json and safetensors files. Its config decides the dims, its headers check every "
+        "shape" + ("" if source_required else " (default: the numbers shipped for the model)"),
+    )
     parser.add_argument(
         "--scan",
         action=argparse.BooleanOptionalAction,
@@ -59,10 +62,14 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         help="storage shards of each array, along the first axis they divide, else the second (default: 16)",
     )
     parser.add_argument(
-        "--memory", type=memory, default=256 * MIB, metavar="SIZE",
-        help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 256MiB). The interpreter and its libraries, "
-        "some 150 MB, are not counted. No unit of work uses more than a quarter of it",
-    )  # fmt: skip
+        "--memory",
+        type=memory,
+        default=256 * MIB,
+        metavar="SIZE",
+        help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 256MiB). "
+        "The interpreter and its libraries, some 150 MB, are not counted. No unit of work uses more than a quarter of "
+        "it",
+    )
 
 
 def execution(parser: argparse.ArgumentParser) -> None:
@@ -80,23 +87,28 @@ def setting(text: str) -> tuple[str, int | float | bool | str]:
     value = value.strip()
     if value in ("true", "false"):
         return name, value == "true"
-    for read in (int, float):
+    number: int | float
+    try:
+        number = int(value)
+    except ValueError:
         try:
-            return name, read(value)
+            number = float(value)
         except ValueError:
-            continue
-    return name, value
+            return name, value
+    if abs(number) > LARGEST or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"`{text}`: {value} is not the size of anything")
+    return name, number
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
     return int(text)
 
 
 def size(text: str) -> int:
     """Bytes: `256MiB`, `1.5G`, `1048576`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
     unit = match.group(2).upper() if match else ""
     if match is None or unit not in _UNITS:
         raise argparse.ArgumentTypeError(f"`{text}` is not a size such as 256MiB")

@@ -22,6 +22,8 @@ from ckptc.plan import json as plan_json
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Mapping, Model, find_model, load_mapping, shipped
 
+_PLAN_BEGINS = b'{\n "format":'
+
 
 def models(args: argparse.Namespace) -> None:
     mappings = _mappings(args.mapping)
@@ -46,7 +48,9 @@ def compile_(args: argparse.Namespace) -> None:
     else:
         print(render.summary(plan))
         if args.plan_file:
-            print(f"\nplan written to {args.plan_file}; `ckptc run {args.plan_file} --output DIR` executes it")
+            # Made without a checkpoint, a plan is to be read and compared; there are no bytes to run it on.
+            runs = f"; `ckptc run {args.plan_file} --output DIR` executes it" if plan.made.source else ""
+            print(f"\nplan written to {args.plan_file}{runs}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         text = path.read_bytes()
     except OSError as error:
         raise fail(
-            "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o` writes plans"
+            "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o PLAN` writes plans"
         ) from None
     plan = plan_json.loads(text, str(path))
     _execute(plan, text, args, Path(args.source) if args.source else None)
@@ -73,9 +77,13 @@ def _mappings(file: str | None) -> tuple[Mapping, ...] | None:
 def _compile(args: argparse.Namespace) -> Plan:
     mapping, model = _find(args)
     options = Options(
-        layout="scanned" if args.scan else "unscanned", dtype=args.dtype, multimodal=args.multimodal, set=dict(args.set), shards=args.shards,
+        layout="scanned" if args.scan else "unscanned",
+        dtype=args.dtype,
+        multimodal=args.multimodal,
+        set=dict(args.set),
+        shards=args.shards,
         memory=args.memory,
-    )  # fmt: skip
+    )
     checkpoint = open_checkpoint(Path(args.source)) if args.source else None
     plan = compile_plan(mapping, model, options, checkpoint)
     if plan.made.source:
@@ -92,7 +100,7 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
 
     digest: str = json.loads(text)["digest"]
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        report = run_plan(plan, digest, Path(args.output), source, on_progress)
+        report = run_plan(plan, digest, Path(args.output), source, on_progress=on_progress)
     record: dict[str, Any] = {
         **asdict(report),
         "model": plan.made.model,
@@ -104,27 +112,35 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
 
 def _write_plan(path: Path, text: str, force: bool) -> None:
     """Whole or not at all; replaces an earlier plan, and nothing else unless told to."""
-    if path.is_dir():
-        raise fail("output-exists", f"{path} is a directory")
-    if path.exists() and not force:
-        with path.open("rb") as file:
-            if not file.read(12).startswith(b'{\n "format":'):
-                raise fail(
-                    "output-exists",
-                    f"{path} exists and is not a plan",
-                    help="choose another name, or use --force",
-                )
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _refuse_to_replace(path, force)
+        final = Path(os.path.realpath(path))  # the plan that a link points at is replaced, not the link
+        descriptor, temporary = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name[:50]}.")
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, final)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
-        raise fail("unwritable-output", f"cannot write {path}: {error.strerror}") from None
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file_:
-            file_.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        help = None if os.path.lexists(path.parent) else f"create the directory {path.parent} first"
+        raise fail("unwritable-output", f"cannot write {path}: {error.strerror}", help=help) from None
+
+
+def _refuse_to_replace(path: Path, force: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "not a regular file"
+        help = "`-o` names the plan's own file; `--dump-plan` prints the plan"
+        raise fail("output-exists", f"{path} is {what}", help=help)
+    if not force:
+        with path.open("rb") as file:
+            if file.read(len(_PLAN_BEGINS)) != _PLAN_BEGINS:
+                raise fail(
+                    "output-exists", f"{path} exists and is not a plan", help="choose another name, or use --force"
+                )

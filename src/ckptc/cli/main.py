@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -35,7 +36,8 @@ exit codes: 0 done; 1 the input is at fault; 2 usage or internal error"""
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="ckptc",
-        description="The checkpoint compiler: Hugging Face safetensors to sharded Orbax checkpoints that MaxText restores.",
+        description="The checkpoint compiler: Hugging Face safetensors to sharded Orbax checkpoints that MaxText "
+        "restores.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     compile_ = commands.add_parser(
         "compile",
         help="check a conversion and write its plan",
-        description="Proves a mapping against a checkpoint's headers, or the model's shipped numbers, and says what a run would do. Reads no weights.",
+        description="Proves a mapping against a checkpoint's headers, or the model's shipped numbers, and says what a "
+        "run would do. Reads no weights.",
     )
     arguments.compilation(compile_)
     compile_.add_argument("-o", "--output", metavar="PLAN", dest="plan_file", help="write the plan to this file")
@@ -90,18 +93,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. A usage error exits with 2 from within argparse."""
-    args = parser().parse_args(argv)
     try:
-        from ckptc.cli import commands
+        try:
+            args = parser().parse_args(argv)
+            from ckptc.cli import commands
 
-        handler = {
-            "models": commands.models,
-            "compile": commands.compile_,
-            "run": commands.run,
-            "convert": commands.convert,
-        }[args.command]
-        handler(args)
-        sys.stdout.flush()
+            handler = {
+                "models": commands.models,
+                "compile": commands.compile_,
+                "run": commands.run,
+                "convert": commands.convert,
+            }[args.command]
+            handler(args)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends
         return DONE
     except InputError as error:
         from ckptc.cli.render import diagnostics
@@ -120,9 +125,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         return DONE
     except Exception as error:
         if os.environ.get("CKPTC_TRACEBACK"):
-            raise
-        print(
-            f"internal error: {type(error).__name__}: {error}\nThis is a bug in ckptc. CKPTC_TRACEBACK=1 shows where.",
-            file=sys.stderr,
-        )
+            traceback.print_exc()
+        if isinstance(error, OSError):  # a full disk, a lost mount
+            text = f"the system refused: {error}\nCKPTC_TRACEBACK=1 shows where."
+        else:
+            name = type(error).__name__
+            text = f"internal error: {name}: {error}\nThis is a bug in ckptc. CKPTC_TRACEBACK=1 shows where."
+        print(text, file=sys.stderr)
         return USAGE_OR_INTERNAL

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bytes, rate, time left, the array being made, resident memory. Nothing where stderr is not one."""
+"""Progress on a terminal: bytes, rate, time left, resident memory, the array being made. Elsewhere, nothing."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def show_progress(enabled: bool) -> Iterator[Callable[[Progress], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]}"),
-        TextColumn("{task.description}"),
+        TextColumn("{task.fields[memory]}", markup=False),
+        TextColumn("{task.description}", markup=False),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, memory="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ckptc.spec.mapping import Mapping, Model
 
 RED, BLUE, BOLD, CYAN, RESET = "\033[1;31m", "\033[1;34m", "\033[1m", "\033[36m", "\033[0m"
+LINE_MOST = 160  # characters of a source line that are shown, around what is underlined
+TEXT_MOST = 2000  # characters of a message, note or help: names in a checkpoint may be of any length
 
 
 def diagnostics(found: Sequence[Diagnostic], color: bool = False) -> str:
@@ -28,58 +31,74 @@ def diagnostic(d: Diagnostic, color: bool = False) -> str:
     def paint(text: str, code: str) -> str:
         return f"{code}{text}{RESET}" if color else text
 
-    lines = [paint(f"error[{d.code}]", RED) + paint(f": {d.message}", BOLD)]
+    lines = [paint(f"error[{d.code}]", RED) + paint(f": {_safe(d.message)}", BOLD)]
     margin = 1
     if d.span:
         s = d.span
         margin = len(str(s.line))
-        lines.append(" " * margin + paint("--> ", BLUE) + f"{s.file}:{s.line}:{s.column}")
+        lines.append(" " * margin + paint("--> ", BLUE) + f"{_safe(s.file)}:{s.line}:{s.column}")
         source = _line(s.file, s.line)
         if source is not None:
             bar = paint("|", BLUE)
-            underline = "^" * max(1, min(s.length, len(source) - s.column + 1))
+            shown, before, marked = _around(source, s.column - 1, s.length)
             lines += [
                 f"{' ' * margin} {bar}",
-                f"{paint(str(s.line), BLUE)} {bar} {source}",
-                f"{' ' * margin} {bar} {' ' * (s.column - 1)}{paint(underline, RED)}",
+                f"{paint(str(s.line), BLUE)} {bar} {shown}".rstrip(),
+                f"{' ' * margin} {bar} {' ' * before}{paint('^' * marked, RED)}",
             ]
     equals = paint("=", BLUE)
-    lines += [f"{' ' * margin} {equals} {note}" for note in d.notes]
+    lines += [f"{' ' * margin} {equals} {_safe(note)}" for note in d.notes]
     if d.help:
-        lines.append(f"{' ' * margin} {equals} {paint('help', CYAN)}: {d.help}")
+        lines.append(f"{' ' * margin} {equals} {paint('help', CYAN)}: {_safe(d.help)}")
     return "\n".join(lines)
+
+
+def _safe(text: str) -> str:
+    """On one line, with nothing that a terminal would obey: names come from files that anyone may have written."""
+    text = text if len(text) <= TEXT_MOST else text[: TEXT_MOST - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _around(line: str, start: int, length: int) -> tuple[str, int, int]:
+    """What is shown of a line, the columns of a terminal before the underlined characters, and their columns."""
+    first = 0 if start + length <= LINE_MOST else max(0, min(start - LINE_MOST // 3, len(line) - LINE_MOST))
+    part = line[first : first + LINE_MOST]
+    lead, tail = "…" if first else "", "…" if first + LINE_MOST < len(line) else ""
+    before, marked = part[: start - first], part[start - first : start - first + length]
+    return lead + part + tail, len(lead) + _columns(before), max(1, _columns(marked))
+
+
+def _columns(text: str) -> int:
+    """Columns of a terminal: two for a wide character, none for one that combines with the character before it."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _line(file: str, number: int) -> str | None:
     """A line of a file that diagnostics name: a shipped mapping by its short name, or a path."""
     shipped = {f"mappings/{p.name}": p for p in mapping_files()}
     try:
-        lines = shipped.get(file, Path(file)).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        text = shipped.get(file, Path(file)).read_text(encoding="utf-8-sig", errors="replace")
+    except (OSError, ValueError):
         return None
-    return lines[number - 1].replace("\t", " ") if 0 < number <= len(lines) else None
+    # Reading has made every line break one that YAML and JSON count. str.splitlines knows more.
+    lines = text.split("\n")
+    return "".join(c if c.isprintable() else " " for c in lines[number - 1]) if 0 < number <= len(lines) else None
 
 
 def size(count: float) -> str:
     """Bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B"
-                else f"{count:.3g} {unit}"
-                if count < 100
-                else f"{count:.0f} {unit}"
-            )
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:.0f} TB" if count >= 100 else f"{count:.3g} TB"
 
 
 def count(number: int) -> str:
     """A number of parameters: 2.61B."""
     for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
+        if number >= limit * 0.9995:  # three digits of it round up to the unit
+            return f"{number / limit:.3g}{unit}" if number < 999.5 * limit else f"{number / limit:.0f}{unit}"
     return str(number)
 
 
@@ -123,18 +142,27 @@ def model_record(mapping: Mapping, model: Model) -> dict[str, Any]:
 
     plan = compile_plan(mapping, model, Options(layout=layouts(mapping, model)[0]))
     return {
-        **model_row(mapping, model), "title": mapping.title, "dims": dict(plan.choices.dims), "tensors": plan.totals.tensors,
-        "arrays": plan.totals.arrays, "parameters": plan.totals.parameters, "write_bytes": plan.totals.write_bytes, "rules": rules(plan),
+        **model_row(mapping, model),
+        "title": mapping.title,
+        "dims": dict(plan.choices.dims),
+        "tensors": plan.totals.tensors,
+        "arrays": plan.totals.arrays,
+        "parameters": plan.totals.parameters,
+        "write_bytes": plan.totals.write_bytes,
+        "rules": rules(plan),
         "ignored": [{"pattern": x.pattern, "reason": x.reason} for x in plan.left_out],
-    }  # fmt: skip
+    }
 
 
 def model(record: dict[str, Any]) -> str:
+    counts = f"{count(record['parameters'])} parameters, {record['tensors']} source tensors, {record['arrays']} arrays"
     head = [
-        f"{record['name']}: {record['title'] or record['family']}", f"repository  {record['repo']}", f"layouts     {', '.join(record['layouts'])}",
-        f"size        {count(record['parameters'])} parameters, {record['tensors']} source tensors, {record['arrays']} arrays, {size(record['write_bytes'])}",
+        f"{record['name']}: {record['title'] or record['family']}",
+        f"repository  {record['repo']}",
+        f"layouts     {', '.join(record['layouts'])}",
+        f"size        {counts}, {size(record['write_bytes'])}",
         "dims        " + ", ".join(f"{k}={v}" for k, v in record["dims"].items()),
-    ]  # fmt: skip
+    ]
     ignored = [f"ignored     {x['pattern']}: {x['reason']}" for x in record["ignored"]]
     return "\n".join([*head, *ignored, "", _rules(record["rules"])])
 
@@ -164,9 +192,16 @@ def rules(plan: Plan) -> list[dict[str, Any]]:
 def _rules(records: Sequence[dict[str, Any]]) -> str:
     heading = ("RULE", "ARRAYS", "TENSORS", "BYTES", "TARGET", "OPS")
     rows = [
-        (r["rule"], str(r["arrays"]), str(r["tensors"]), size(r["write_bytes"]), f"{r['dtype']}{r['shape']}", "; ".join(r["ops"]) or "as it is")
+        (
+            r["rule"],
+            str(r["arrays"]),
+            str(r["tensors"]),
+            size(r["write_bytes"]),
+            f"{r['dtype']}{r['shape']}",
+            "; ".join(r["ops"]) or "as it is",
+        )
         for r in records
-    ]  # fmt: skip
+    ]
     return table([heading, *rows])
 
 
@@ -191,7 +226,7 @@ def summary(plan: Plan) -> str:
         f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
         f"reads   {size(t.read_bytes)} of {t.tensors} tensors",
         f"writes  {size(t.write_bytes)} in {t.arrays} arrays, {count(t.parameters)} parameters",
-        f"memory  {size(t.peak_memory_bytes)} of buffers for the largest unit of work, within a budget of {size(c.memory)}",
+        f"memory  {size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {size(c.memory)}",
     ]
     for x in plan.left_out:
         if x.tensors:
@@ -205,6 +240,7 @@ def report(plan: Plan, report: Report) -> str:
     """The line at the end of a run."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
     return (
-        f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written to {report.output} in {report.seconds:.1f} s "
-        f"({size(rate)}/s), {size(report.read_bytes)} read, peak memory {size(report.peak_resident_bytes)}"
+        f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written to {report.output} "
+        f"in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read, "
+        f"peak memory {size(report.peak_resident_bytes)}"
     )

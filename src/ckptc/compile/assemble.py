@@ -56,7 +56,7 @@ def assemble(
             shards=options.shards,
             memory=options.memory,
             naming=naming,
-            dims=tuple(dims.items()),
+            dims=tuple((n, v) for n, v in dims.items() if not isinstance(v, MappingOf)),
         ),
         files=tuple(plan.File(f.name, f.size, f.header_digest) for f in checkpoint.files) if checkpoint else (),
         tensors=table.rows,

@@ -82,12 +82,12 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
     read = consumption(graph, folded)
     problems = []
     for ignored in graph.ignored:
-        both = next((n for n in read.size if n in tensors and matches(ignored.pattern, n)), None)
+        both = next((n for n in read.size if n in tensors and matches(n, *ignored.patterns)), None)
         if both:
             problems.append(
                 Diagnostic("ignored-and-consumed", f"`{both}` is ignored, but a rule consumes it", ignored.span)
             )
-    left = [n for n in tensors if not read.consumed(n) and not any(matches(i.pattern, n) for i in graph.ignored)]
+    left = [n for n in tensors if not read.consumed(n) and not any(matches(n, *i.patterns) for i in graph.ignored)]
     if left:
         problems.append(_unconsumed(left, read, tensors))
     for target, fold in zip(graph.targets, folded, strict=True):
@@ -115,9 +115,9 @@ def left_out(graph: Graph, tensors: Iterable[str]) -> tuple[LeftOut, ...]:
     """The tensors each entry of `ignore` covers; one that several cover counts for the first."""
     rest, out = list(tensors), []
     for ignored in graph.ignored:
-        covered = tuple(n for n in rest if matches(ignored.pattern, n))
-        rest = [n for n in rest if not matches(ignored.pattern, n)]
-        out.append(LeftOut(ignored.pattern, ignored.reason, covered))
+        covered = tuple(n for n in rest if matches(n, *ignored.patterns))
+        rest = [n for n in rest if not matches(n, *ignored.patterns)]
+        out.append(LeftOut(ignored.shown, ignored.reason, covered))
     return tuple(out)
 
 

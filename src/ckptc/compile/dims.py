@@ -47,7 +47,8 @@ class _Dims:
         for name in self.written:
             self._resolve(name, ())
         for name, value in self.values.items():
-            wrong = not isinstance(value, int | float | str | list) or (isinstance(value, float) and value != value)
+            sized = isinstance(value, int | float | str | list | MappingOf)  # a mapping is a section of the config
+            wrong = not sized or (isinstance(value, float) and value != value)
             if wrong or (isinstance(value, int | float) and value < 0):
                 self._complain("invalid-expression", name, f"is {value!r}, not a size, number or name")
         if self.problems:

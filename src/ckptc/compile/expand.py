@@ -46,6 +46,7 @@ class _Here:
     prefixes: list[str]  # of source names, one for each point
     axis: tuple[int, ...]
     block: str
+    resized: tuple[str, ...] = ()  # dims to which the place's `let` gives another value
 
 
 def expand(mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: Names, stored: StoredDtype) -> Graph:
@@ -66,9 +67,15 @@ def expand(mapping: Mapping, options: Options, dims: MappingOf[str, Any], names:
                     _guarded(work, lambda rule=rule, here=here: _expand_rule(work, rule, here))  # type: ignore[misc]
     ignored = []
     for entry in mapping.ignore:
-        if work.scope.holds(entry.when, names, entry.where):
-            pattern = work.scope.text(entry.source, names, (*entry.where, "source"))
-            ignored.append(Ignored(pattern, entry.reason, work.scope.span((*entry.where, "source"))))
+        where = (*entry.where, "source")
+        patterns = tuple(
+            work.scope.text(entry.source, looped, where)
+            for looped in work.scope.loops(entry.loop, names, entry.where)
+            if work.scope.holds(entry.when, looped, entry.where)
+        )
+        if patterns:
+            shown = patterns[0] if len(patterns) == 1 else entry.source
+            ignored.append(Ignored(patterns, shown, entry.reason, work.scope.span(where)))
     if work.problems:
         raise InputError(dict.fromkeys(work.problems))
     return Graph(tuple(sorted(work.targets, key=lambda t: t.path)), tuple(ignored))
@@ -98,6 +105,11 @@ def _places(work: _Expansion, block: str, source: str, place: Place, names: Name
         for name, expression in place.let.items():
             for point in points:
                 point[name] = scope.value(expression, point, (*place.where, "let", name))
+        resized = tuple(n for n in place.let if n in scope.dims)
+        for name in resized:
+            if len({p[name] for p in points}) > 1:
+                where_let = (*place.where, "let", name)
+                raise scope.error(where_let, f"dim `{name}` differs among the stacked layers", "invalid-value")
         prefixes = [scope.text(source, p, (*where, "source")) + "." for p in points]
         out.append(
             _Here(
@@ -107,6 +119,7 @@ def _places(work: _Expansion, block: str, source: str, place: Place, names: Name
                 prefixes,
                 place.axis,
                 block,
+                resized,
             )
         )
     return out
@@ -141,14 +154,14 @@ class _Chain:
 
     def __init__(self, work: _Expansion, rule: Rule, here: _Here, points: list[Names]) -> None:
         self.work, self.rule, self.here, self.points = work, rule, here, points
-        self.scope, self.names = work.scope, points[0]
+        self.names = points[0]
+        self.scope = work.scope.resized({n: points[0][n] for n in here.resized})
         self.batch = len(here.grid)
         self.steps: list[str] = []
 
     def build(self) -> Node:
         rule = self.rule
         nodes = tuple(self._origin(o) for o in rule.origins)
-        floating = all(is_float(n.type.dtype) for n in nodes)
         stored = nodes[0].type.dtype
         for spec in rule.ops:
             nodes = (self._apply(spec, nodes),)
@@ -160,7 +173,7 @@ class _Chain:
                 help="let `ops` begin with `concat` or `stack`",
             )
         node = nodes[0]
-        dtype = rule.dtype or (self.work.options.dtype if floating else "source")
+        dtype = rule.dtype or (self.work.options.dtype if is_float(node.type.dtype) else "source")
         dtype = stored if dtype == "source" else dtype
         if dtype != node.type.dtype:
             where = (*rule.where, "dtype") if rule.dtype else rule.where
@@ -256,7 +269,7 @@ class _Chain:
         for entry in self.work.mapping.decode:
             name = leaf.tensors[0]
             if (
-                not matches(entry.source, name)
+                not matches(name, entry.source)
                 or self.work.stored(name) != entry.stored
                 or not self.scope.holds(entry.when, self.names, entry.where)
             ):

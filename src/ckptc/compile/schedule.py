@@ -1,10 +1,13 @@
 """schedule: how each array is stored and in which units it is made, so that memory is a number and not luck.
 
-Before: an array [embed=4096, layer=32, mlp=14336] of parts. After: unit [4096, 1, 1024], chunk [256, 1, 1024]: one unit is a slab of whole rows
-of one source tensor, read in one piece and written as 16 whole chunks, one per shard.
+Before: an array [embed=4096, layer=32, mlp=14336] of parts. After: unit [4096, 1, 1024], chunk [256, 1, 1024]: one unit
+is a slab of whole rows of one source tensor, read in one piece and written as 16 whole chunks, one per shard.
 
-The rule: grow the unit along the target's axes in the order in which the source stores them, fastest first and stacked tensors last, until
-the budget is reached. So a unit reads contiguous bytes, each byte of the source is read by one unit, and chunks never straddle units.
+The rule: grow the unit along the target's axes in the order in which the source stores them, fastest first and stacked
+tensors last, until the budget is reached. So a unit reads contiguous bytes, each byte of the source is read by one
+unit, and chunks never straddle units. A decoded source is decoded by whole rows, so axes that lie within its rows are
+never cut: each row is decoded once. Where the largest unit still needs more than the budget (it meets several parts, or
+rows it takes little of), units get smaller.
 """
 
 from __future__ import annotations
@@ -12,17 +15,17 @@ from __future__ import annotations
 from itertools import product
 from math import prod
 
-from ckptc.ops.nest import Part, restrict_part
+from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array
-from ckptc.plan.reads import plan_read, tensors_of
+from ckptc.plan.model import Array, Source
+from ckptc.plan.reads import need, plan_read, tensors_of
 
 UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
 UNIT_MOST = 64 << 20  # and at most this many bytes: larger reads gain nothing
 
 
 def shard_counts(shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
-    """Shards along each axis: all on the first axis they divide, else the second, else none. This is MaxText's choice."""
+    """Shards along each axis: all on the first axis they divide, else the second, else none. As MaxText chooses."""
     for axis in range(min(2, len(shape))):
         if shape[axis] % shards == 0:
             return tuple(shards if i == axis else 1 for i in range(len(shape)))
@@ -34,21 +37,62 @@ def unit_budget(memory: int) -> int:
     return min(memory // UNIT_SHARE, UNIT_MOST)
 
 
+def fit(
+    shape: tuple[int, ...],
+    dtype: str,
+    sources: tuple[Source, ...],
+    parts: tuple[Part, ...],
+    shards: tuple[int, ...],
+    budget: int,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The chunk and the unit of an array: no unit uses more than `budget` bytes of buffers, if a row fits."""
+    main, cost, row = _main(parts), itemsize(dtype), 0
+    if main is not None and main.source is not None:
+        needed = need(main, sources[main.source])
+        cost += -(-(needed.read + needed.decoded_bytes) // main.size)
+        row = needed.rows.layout.length if needed.rows else 0
+    limit = max(1, budget // cost)
+    chunk, unit = _choose(shape, parts, shards, limit, row)
+    _, peak = _account(shape, dtype, sources, parts, unit)
+    while peak > budget and limit > 1:
+        limit = min(limit * 9 // 10, limit * budget // peak) or 1
+        smaller = _choose(shape, parts, shards, limit, row)
+        if smaller[1] == unit:
+            continue
+        _, least = _account(shape, dtype, sources, parts, smaller[1])
+        if least * 20 > peak * 19:  # what is left cannot be shared out: more units would only read it more often
+            break
+        (chunk, unit), peak = smaller, least
+    return chunk, unit
+
+
 def choose(
     shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], element_cost: int, budget: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The chunk and the unit of an array. `element_cost` is bytes of buffers per element of a unit, `budget` bytes per unit."""
-    limit = max(1, budget // element_cost)  # elements
+    """The chunk and the unit of an array. `element_cost` is bytes of buffers per element, `budget` bytes per unit."""
+    return _choose(shape, parts, shards, max(1, budget // element_cost), 0)
+
+
+def _choose(
+    shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], limit: int, row: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A chunk and a unit of at most `limit` elements, or of one row of `row` elements of the largest part's source."""
+    main = _main(parts)
     unit, chunk = [1] * len(shape), [1] * len(shape)
-    for axis in _fastest_first(shape, parts):
+    for axis in _fastest_first(shape, main):
         size, room = shape[axis], limit // prod(unit)
         share = size // shards[axis]
-        if room >= size:
+        if room >= size or (main is not None and _within_row(main.axes[axis], row)):
             unit[axis], chunk[axis] = size, share
         else:
             # Cut where chunks stay equal: within a shard.
             unit[axis] = chunk[axis] = _portion(share, room)
     return tuple(chunk), tuple(unit)
+
+
+def _within_row(axis: AxisMap, row: int) -> bool:
+    """Whether all of an axis lies within rows of `row` elements."""
+    return bool(axis.factors) and all(f.tensor == 0 and f.step < row for f in axis.factors)
 
 
 def _portion(size: int, room: int) -> int:
@@ -61,9 +105,8 @@ def _portion(size: int, room: int) -> int:
     return best if best * 2 > even else even
 
 
-def _fastest_first(shape: tuple[int, ...], parts: tuple[Part, ...]) -> list[int]:
+def _fastest_first(shape: tuple[int, ...], main: Part | None) -> list[int]:
     """The axes in the order in which the largest part's source stores them."""
-    main = _main(parts)
     if main is None:
         return list(reversed(range(len(shape))))
 
@@ -82,30 +125,34 @@ def read_ratio(parts: tuple[Part, ...]) -> float:
 
 
 def account(array: Array) -> tuple[int, int]:
-    """Bytes the array's units read in total, and bytes of buffers the largest of them uses (what it reads, and what it makes)."""
+    """Bytes the array's units read in total, and bytes of buffers the largest of them uses.
+
+    Buffers hold what a unit reads and decodes, and what it makes.
+    """
+    return _account(array.shape, array.dtype, array.sources, array.parts, array.unit)
+
+
+def _account(
+    shape: tuple[int, ...], dtype: str, sources: tuple[Source, ...], parts: tuple[Part, ...], unit: tuple[int, ...]
+) -> tuple[int, int]:
     read, peak = 0, 0
-    axes, times = _repeated(array)
-    ranges = [range(0, 1) if a in axes else range(0, n, u) for a, (n, u) in enumerate(zip(array.shape, array.unit, strict=True))]
+    axes, times = _repeated(shape, unit, parts)
+    ranges = [range(1) if a in axes else range(0, n, u) for a, (n, u) in enumerate(zip(shape, unit, strict=True))]
     for corner in product(*ranges):
-        box = tuple((c, min(c + u, n)) for c, u, n in zip(corner, array.unit, array.shape, strict=True))
-        inside = [p for part in array.parts for p in restrict_part(part, box)]
-        bytes_read = sum(_part_bytes(p, array) for p in inside if p.source is not None)
-        read += bytes_read * times
-        peak = max(peak, bytes_read + prod(high - low for low, high in box) * itemsize(array.dtype))
+        box = tuple((c, min(c + u, n)) for c, u, n in zip(corner, unit, shape, strict=True))
+        inside = [p for part in parts for p in restrict_part(part, box)]
+        needs = [need(p, sources[p.source]) for p in inside if p.source is not None]
+        read += sum(n.read for n in needs) * times
+        made = prod(high - low for low, high in box) * itemsize(dtype)
+        peak = max(peak, sum(n.memory for n in needs) + made)
     return read, peak
 
 
-def _part_bytes(part: Part, array: Array) -> int:
-    assert part.source is not None
-    return plan_read(part).size * len(tensors_of(part)) * itemsize(array.sources[part.source].dtype)
-
-
-def _repeated(array: Array) -> tuple[set[int], int]:
+def _repeated(shape: tuple[int, ...], unit: tuple[int, ...], parts: tuple[Part, ...]) -> tuple[set[int], int]:
     """Axes along which every unit reads alike (stacked tensors), and how many units that makes of one."""
     axes, times = set(), 1
-    for axis, (n, u) in enumerate(zip(array.shape, array.unit, strict=True)):
-        alike = all(_stacked(p, axis, n) for p in array.parts)
-        if alike and n % u == 0:
+    for axis, (n, u) in enumerate(zip(shape, unit, strict=True)):
+        if n % u == 0 and all(_stacked(p, axis, n) for p in parts):
             axes.add(axis)
             times *= n // u
     return axes, times

@@ -20,14 +20,14 @@ from ckptc.spec.mapping import LoopOver, Value
 Names = dict[str, Any]
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether `name` fits a pattern in which `*` stands for any run of characters."""
-    return _compiled(pattern).fullmatch(name) is not None
+def matches(name: str, *patterns: str) -> bool:
+    """Whether `name` fits one of the patterns, in which `*` stands for any run of characters."""
+    return _compiled(patterns).fullmatch(name) is not None
 
 
 @lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile("".join(".*" if c == "*" else re.escape(c) for c in pattern), re.DOTALL)
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join("".join(".*" if c == "*" else re.escape(c) for c in p) for p in patterns), re.DOTALL)
 
 
 class Scope:
@@ -35,6 +35,10 @@ class Scope:
 
     def __init__(self, document: Document, dims: MappingOf[str, Any]) -> None:
         self.document, self.dims = document, dims
+
+    def resized(self, dims: MappingOf[str, Any]) -> Scope:
+        """The scope in which `dims` have other values."""
+        return Scope(self.document, {**self.dims, **dims}) if dims else self
 
     def span(self, where: Path_) -> Span:
         return self.document.span(where)

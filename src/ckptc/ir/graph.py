@@ -80,9 +80,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """A pattern of source names that are left out, and why."""
+    """Patterns of source names that are left out, and why."""
 
-    pattern: str
+    patterns: tuple[str, ...]
+    shown: str  # for people: the pattern, or the template of several
     reason: str
     span: Span
 

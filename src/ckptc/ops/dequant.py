@@ -1,7 +1,7 @@
 """`dequant_block_fp8` and `dequant_mxfp4`: stored codes and their scales as float32 numbers.
 
-Both decode a source tensor as it is stored, before anything moves, so that a range of it can be decoded on its own. Neither is inverted: a
-checkpoint goes back to the Hub with plain numbers.
+Both decode a source tensor as it is stored, before anything moves, so that a range of it can be decoded on its own.
+Neither is inverted: a checkpoint goes back to the Hub with plain numbers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,37 @@ from ckptc.ops.base import Array, Op, Parts
 from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
 
 
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """A decoded tensor as rows of its last axis: the stretch that is decoded on its own.
+
+    A row's codes lie together in the stored tensor, and its scales in the tensor of scales, which several rows may
+    share.
+    """
+
+    axes: tuple[int, ...]  # sizes of the axes that count rows
+    blocks: tuple[int, ...]  # along each of them, how many in succession have the same scales
+    length: int  # elements of a row, decoded
+    stored: int  # elements of the stored tensor for a row
+    group: int  # elements of a row that share a scale; the last group may be short
+
+    @property
+    def scales(self) -> int:
+        """Scales of a row."""
+        return -(-self.length // self.group)
+
+    def scale_rows(self, rows: Array) -> Array:
+        """The rows of scales that rows of values have: int64[n] -> int64[n]."""
+        out, weight = np.zeros_like(rows), 1
+        for size, block in zip(reversed(self.axes), reversed(self.blocks), strict=True):
+            rows, at = np.divmod(rows, size)
+            out += at // block * weight
+            weight *= -(-size // block)
+        return out
+
+
 class Decode(Op):
-    """An op on a source tensor and its tensor of scales. It has no index nest: the fold makes the decoded tensor a source."""
+    """An op on a source tensor and its tensor of scales. It has no index nest: the fold sees a source in it."""
 
     arity = 2
 
@@ -29,7 +58,13 @@ class Decode(Op):
     def scales_shape(self, values: TensorType) -> tuple[int, ...]:
         """The shape the tensor of scales must have."""
 
-    def _check(self, inputs: Sequence[TensorType], dtypes: tuple[str, ...], scale_dtypes: tuple[str, ...]) -> TensorType:
+    @abstractmethod
+    def rows(self, stored: tuple[int, ...]) -> RowLayout:
+        """The rows of what a tensor of this stored shape decodes to."""
+
+    def _check(
+        self, inputs: Sequence[TensorType], dtypes: tuple[str, ...], scale_dtypes: tuple[str, ...]
+    ) -> TensorType:
         if len(inputs) != 2:
             raise OpError(f"`{self.name}` takes a tensor and its scales")
         values, scales = inputs
@@ -39,7 +74,9 @@ class Decode(Op):
             raise OpError(f"`{self.name}` takes scales in {' or '.join(scale_dtypes)}, they are {scales.dtype}")
         expected = self.scales_shape(values)
         if scales.shape != expected:
-            raise OpError(f"`{self.name}`: the scales of {list(values.shape)} are {list(expected)}, found {list(scales.shape)}")
+            raise OpError(
+                f"`{self.name}`: the scales of {list(values.shape)} are {list(expected)}, found {list(scales.shape)}"
+            )
         return values
 
 
@@ -47,8 +84,8 @@ class Decode(Op):
 class DequantBlockFp8(Decode):
     """value · scale, one scale for each block of the trailing axes.
 
-    [.., m, n] float8_e4m3fn or float8_e5m2 with scales [.., ceil(m/bm), ceil(n/bn)] -> [.., m, n] float32. Blocks at the edges may be
-    incomplete. Source of the format: the DeepSeek-V3 repository, README_WEIGHTS.md (`weight_scale_inv`).
+    [.., m, n] float8_e4m3fn or float8_e5m2 with scales [.., ceil(m/bm), ceil(n/bn)] -> [.., m, n] float32. Blocks at
+    the edges may be incomplete. Source of the format: the DeepSeek-V3 repository, README_WEIGHTS.md (`weight_scale_inv`).
     """
 
     block: tuple[int, ...]
@@ -59,6 +96,12 @@ class DequantBlockFp8(Decode):
         if lead < 0 or any(b < 1 for b in self.block):
             raise OpError(f"a block {list(self.block)} does not fit a tensor {list(values.shape)}")
         return (*values.shape[:lead], *(-(-n // b) for n, b in zip(values.shape[lead:], self.block, strict=True)))
+
+    def rows(self, stored: tuple[int, ...]) -> RowLayout:
+        # A block that says nothing of the last axis gives every element its own scale; a scalar is a row of one.
+        *axes, length = stored or (1,)
+        *blocks, group = (1,) * (max(1, len(stored)) - len(self.block)) + self.block
+        return RowLayout(tuple(axes), tuple(blocks), length, length, group)
 
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
         values = self._check(inputs, ("float8_e4m3fn", "float8_e5m2"), ("float32", "bfloat16", "float8_e8m0fnu"))
@@ -96,6 +139,10 @@ class DequantMxfp4(Decode):
             raise OpError(f"mxfp4 blocks are [.., groups, {MX_GROUP // 2}] bytes, found {list(values.shape)}")
         return values.shape[:-1]
 
+    def rows(self, stored: tuple[int, ...]) -> RowLayout:
+        *axes, groups, packed = stored
+        return RowLayout(tuple(axes), (1,) * len(axes), groups * MX_GROUP, groups * packed, MX_GROUP)
+
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
         values = self._check(inputs, ("uint8",), ("uint8", "float8_e8m0fnu"))
         groups = values.axes[-2]
@@ -112,3 +159,12 @@ class DequantMxfp4(Decode):
 
     def describe(self) -> str:
         return "dequant_mxfp4"
+
+
+def decode_op(name: str, block: tuple[int, ...]) -> Decode:
+    """The op of a plan's record of it. Raises OpError for a name that decodes nothing."""
+    if name == DequantBlockFp8.name:
+        return DequantBlockFp8(block)
+    if name == DequantMxfp4.name:
+        return DequantMxfp4()
+    raise OpError(f"`{name}` does not decode")

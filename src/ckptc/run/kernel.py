@@ -86,7 +86,7 @@ class Kernel:
         order = sorted(range(len(loops)), key=lambda i: -loops[i].source)  # the source's order
         back = tuple(int(i) for i in np.argsort(order))
         for corner in product(*(range(0, n, e) for n, e in zip(sizes, extents, strict=True))):
-            index = tuple(slice(c, c + e) for c, e in zip(corner, extents, strict=True))
+            index = (*(slice(c, c + e) for c, e in zip(corner, extents, strict=True)), ...)  # `...`: a view, even of no axes
             block = src[index].transpose(order)
             if moves:
                 scratch = self._a.view(source.dtype)[: block.size].reshape(block.shape)

@@ -1,6 +1,7 @@
-"""One unit of work: read the byte ranges it needs, make its chunks, hand each over. Buffers are allocated once and reused.
+"""One unit of work: read the byte ranges it needs, decode what is stored as codes, make its chunks, hand each over.
 
-A worker's memory is its two buffers, sized for the plan's largest unit, and the kernel's scratch.
+A worker's memory is its two buffers, which grow to what the plan's largest unit needs and are reused, and the scratch
+of the kernel and the decoder. What `plan.reads.need` says a part needs is what is read and what is held.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import numpy.typing as npt
 from ckptc.io.reader import RangeReader
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
-from ckptc.plan.model import Array, Box, Plan
-from ckptc.plan.reads import Read, plan_read, tensor_loops, tensors_of
-from ckptc.run.kernel import Conversion, Kernel, Loop, simplify
+from ckptc.plan.model import Array, Box, Plan, Source
+from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, places_in, tensor_loops
+from ckptc.run.decode import Decoder, packed_rows
+from ckptc.run.kernel import Conversion, Kernel, Loop, raw, simplify
 
 Bytes = npt.NDArray[np.uint8]
 Sink = Callable[[int, tuple[int, ...], npt.NDArray[Any]], None]  # array, chunk's index, chunk
@@ -30,7 +32,7 @@ class Local:
     """A part whose elements are in memory: `Part` with steps within `data`, all its tensors one after the other."""
 
     part: Part
-    data: npt.NDArray[Any] | None  # flat, of the source's dtype; None for constants
+    data: npt.NDArray[Any] | None  # flat, of the source's dtype or decoded; None for constants
     dtype: str
 
 
@@ -39,8 +41,8 @@ class Worker:
 
     def __init__(self, plan: Plan, reader: RangeReader, sink: Sink) -> None:
         self.plan, self.reader, self.sink = plan, reader, sink
-        self.kernel = Kernel()
-        self._read = np.empty(0, dtype=np.uint8)
+        self.kernel, self.decoder = Kernel(), Decoder()
+        self._held = np.empty(0, dtype=np.uint8)  # what a unit's parts need: read and decoded
         self._chunk = np.empty(0, dtype=np.uint8)
 
     def make(self, number: int, box: Box) -> int:
@@ -56,41 +58,45 @@ class Worker:
         return made
 
     def _load(self, array: Array, parts: list[Part]) -> list[Local]:
-        plans = [plan_read(p) if p.source is not None else None for p in parts]
-        needed = sum(self._bytes(array, p, r) for p, r in zip(parts, plans, strict=True) if r is not None)
-        if self._read.size < needed:
-            self._read = np.empty(needed, dtype=np.uint8)
+        needs = [need(p, array.sources[p.source]) if p.source is not None else None for p in parts]
+        self._held = _grown(self._held, sum(n.memory for n in needs if n is not None))
         out, used = [], 0
-        for part, read in zip(parts, plans, strict=True):
-            if read is None or part.source is None:
+        for part, needed in zip(parts, needs, strict=True):
+            if needed is None or part.source is None:
                 out.append(Local(part, None, array.dtype))
                 continue
-            size = self._bytes(array, part, read)
-            buffer = self._read[used : used + size]
-            used += size
-            self._fetch(array, part, read, buffer)
-            dtype = array.sources[part.source].dtype
-            out.append(Local(packed(part, read), buffer.view(numpy_dtype(dtype)), dtype))
+            buffer = self._held[used : used + needed.memory]
+            used += needed.memory
+            source = array.sources[part.source]
+            self._fetch(source.tensors, needed.tensors, needed.values.runs(), itemsize(source.dtype), buffer)
+            if needed.rows is None:
+                out.append(Local(packed(part, needed.values), buffer.view(numpy_dtype(source.dtype)), source.dtype))
+            else:
+                rows = self._decode(source, needed, needed.rows, buffer)
+                out.append(Local(packed_rows(part, needed.rows), rows, "float32"))
         return out
 
-    @staticmethod
-    def _bytes(array: Array, part: Part, read: Read) -> int:
-        """Bytes of buffer, rounded up so that the next part's elements are aligned."""
-        assert part.source is not None
-        size = read.size * len(tensors_of(part)) * itemsize(array.sources[part.source].dtype)
-        return -(-size // 16) * 16
+    def _fetch(self, tensors: tuple[int, ...], wanted: list[int], runs: Runs, item: int, buffer: Bytes) -> None:
+        """Reads runs of elements of `item` bytes of each wanted tensor, one after the other."""
+        view, at = memoryview(buffer), 0
+        for position in wanted:
+            tensor = self.plan.tensors[tensors[position]]
+            for first, length in runs:
+                self.reader.read_into(tensor.file, tensor.begin + first * item, view[at : at + length * item])
+                at += length * item
 
-    def _fetch(self, array: Array, part: Part, read: Read, buffer: Bytes) -> None:
-        assert part.source is not None
-        source = array.sources[part.source]
-        item, starts, at = itemsize(source.dtype), read.starts(), 0
-        length = read.length * item
-        view = memoryview(buffer)
-        for position in tensors_of(part):
-            tensor = self.plan.tensors[source.tensors[position]]
-            for start in starts:
-                self.reader.read_into(tensor.file, tensor.begin + start * item, view[at : at + length])
-                at += length
+    def _decode(self, source: Source, needed: Need, rows: Rows, buffer: Bytes) -> npt.NDArray[Any]:
+        """The decoded rows, flat float32, from codes at the start of `buffer`; the rest takes scales and rows."""
+        decode = source.decode
+        assert decode is not None
+        rest = buffer[aligned(needed.value_bytes) :]
+        runs = [(first * rows.layout.scales, length * rows.layout.scales) for first, length in needed.scales]
+        self._fetch(decode.tensors, needed.tensors, runs, itemsize(decode.dtype), rest)
+        codes = buffer[: needed.value_bytes]
+        scales = rest[: needed.scale_bytes].view(numpy_dtype(decode.dtype))
+        decoded = rest[aligned(needed.scale_bytes) :][: needed.decoded_bytes].view(np.float32)
+        self.decoder.decode(rows, source.dtype, codes, scales, places_in(needed.scales, rows.scale_rows()), decoded)
+        return decoded
 
     def _make_chunk(self, array: Array, local: list[Local], within: Box) -> npt.NDArray[Any]:
         shape = tuple(high - low for low, high in within)
@@ -98,8 +104,7 @@ class Worker:
         if len(found) == 1 and (direct := _direct(found[0][0], found[0][1], array, shape)) is not None:
             return direct
         size = prod(shape) * itemsize(array.dtype)
-        if self._chunk.size < size:
-            self._chunk = np.empty(size, dtype=np.uint8)
+        self._chunk = _grown(self._chunk, size)
         flat = self._chunk[:size].view(numpy_dtype(array.dtype))
         for x, part in found:
             self._copy(x, part, array, shape, flat)
@@ -109,19 +114,25 @@ class Worker:
         loops, at = target_loops(part, shape)
         if x.data is None:
             value = constant(part, array.dtype)
-            view = np.lib.stride_tricks.as_strided(
-                flat[at:], [n for n, _, _ in loops], [t * flat.itemsize for _, _, t in loops]
-            )
-            view[...] = value
+            # As plain unsigned integers: numpy makes no strided views of some of ml_dtypes' types.
+            bits = flat[at:].view(raw(flat.itemsize))
+            steps = [t * flat.itemsize for _, _, t in loops]
+            np.lib.stride_tricks.as_strided(bits, [n for n, _, _ in loops], steps)[...] = value.view(bits.dtype)
             return
         self.kernel.copy(x.data, part.base, flat, at, loops, Conversion(x.dtype, array.dtype, part.math))
+
+
+def _grown(buffer: Bytes, size: int) -> Bytes:
+    return buffer if buffer.size >= size else np.empty(size, dtype=np.uint8)
 
 
 def chunks(array: Array, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
     """The chunks of a unit: their place in the array's grid, and their box relative to the unit's corner."""
     ranges = (range(low, high, c) for (low, high), c in zip(box, array.chunk, strict=True))
     for corner in product(*ranges):
-        within = tuple((x - low, min(x + c, high) - low) for x, c, (low, high) in zip(corner, array.chunk, box, strict=True))
+        within = tuple(
+            (x - low, min(x + c, high) - low) for x, c, (low, high) in zip(corner, array.chunk, box, strict=True)
+        )
         yield tuple(x // c for x, c in zip(corner, array.chunk, strict=True)), within
 
 
@@ -160,8 +171,8 @@ def target_loops(part: Part, shape: tuple[int, ...]) -> tuple[list[Loop], int]:
     return loops, at
 
 
-def constant(part: Part, dtype: str) -> Any:
-    """The value of a part without source, after its math."""
+def constant(part: Part, dtype: str) -> npt.NDArray[Any]:
+    """The value of a part without source, after its math: an array of no axes."""
     value = np.float32(part.value)
     for step, operand in part.math:
         if step == "scale":

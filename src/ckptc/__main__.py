@@ -1,0 +1,5 @@
+"""`python -m ckptc`."""
+
+from ckptc.cli.main import main
+
+main()

@@ -1,0 +1,416 @@
+"""Mutation: a shipped mapping that is broken in any simple way is refused, or makes other arrays than it should.
+
+Every mapping with a golden is broken in one place at a time: a rule dropped, two sources swapped, a dim one larger, a name
+misspelled, and so on (`mutants`). Each mutant is put before the mapping's judges, who know what is right:
+
+- for each golden, and for the same checkpoint with a larger vocabulary, MaxText's arrays, bit for bit;
+- for a layout that has no golden, the arrays of the shipped mapping, which `test_golden` compares with the golden layout's;
+- for a layout the target lacks, that the compiler says so;
+- for the model's shipped numbers, the paths and shapes of MaxText's full-size tree.
+
+A mutant must be refused by the compiler (any `InputError`) or differ for one judge at least. What is not put to the test
+is said by the rules in `neutral`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from ckptc.compile.compiler import compile_plan, layouts
+from ckptc.compile.options import Options
+from ckptc.diagnostics import InputError
+from ckptc.ir.source import Checkpoint, SourceTensor
+from ckptc.plan.model import Array as PlanArray
+from ckptc.plan.model import Plan
+from ckptc.spec import mapping as spec
+from ckptc.spec.document import Document
+from ckptc.spec.expressions import ExpressionError, evaluate as expression, render
+from ckptc.spec.schema import check
+from golden import Arrays, checkpoint_of, differences, evaluate, expected_of, known_cases, options_of
+from reference import GoldenCase, tree, trees
+
+Where = tuple[str | int, ...]
+FAMILIES = sorted({spec.find_model(case.model)[0].family for case in known_cases()})
+WIDER = 32  # rows by which a judge's vocabulary is larger than the golden's
+
+
+# -- mutants -------------------------------------------------------------------------------------------------
+
+
+class Mutant(NamedTuple):
+    kind: str
+    where: Where  # of what is broken, in the YAML
+    edit: Callable[[Any], None]  # breaks the mapping's data
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}: {' > '.join(map(str, self.where))}"
+
+
+def get(data: Any, where: Where) -> Any:
+    for key in where:
+        data = data[key]
+    return data
+
+
+def drop(kind: str, where: Where) -> Mutant:
+    def edit(data: Any) -> None:
+        del get(data, where[:-1])[where[-1]]
+
+    return Mutant(f"drop {kind}", where, edit)
+
+
+def put(kind: str, where: Where, value: Any) -> Mutant:
+    def edit(data: Any) -> None:
+        get(data, where[:-1])[where[-1]] = value
+
+    return Mutant(kind, where, edit)
+
+
+def rename(kind: str, where: Where, key: str) -> Mutant:
+    """Another key in the same place: the order of keys has a meaning in loops."""
+
+    def edit(data: Any) -> None:
+        at = get(data, where[:-1])
+        items = [(key if k == where[-1] else k, v) for k, v in at.items()]
+        at.clear()
+        at.update(items)
+
+    return Mutant(kind, where, edit)
+
+
+def swap(kind: str, one: Where, other: Where) -> Mutant:
+    def edit(data: Any) -> None:
+        a, b = get(data, one), get(data, other)
+        get(data, one[:-1])[one[-1]], get(data, other[:-1])[other[-1]] = b, a
+
+    return Mutant(kind, (*one, "with", *other[-2:]), edit)
+
+
+def mutants(data: Any) -> Iterator[Mutant]:
+    """Every simple way to break a mapping, one at a time."""
+    yield from misspellings(data)
+    for name, value in data["dims"].items():
+        yield put("change dim", ("dims", name), larger(value))
+    for where, rule in rules(data):
+        yield drop("rule", where)
+        yield from broken_rule(where, rule)
+    yield from swaps(data)
+    for where, place in places(data):
+        yield drop("place", where)
+        yield from (drop(key, (*where, key)) for key in ("for", "stack", "let", "axis") if key in place)
+        yield from (put("change let", (*where, "let", n), larger(v)) for n, v in place.get("let", {}).items())
+        yield from (put("change extent", (*where, "stack", n), f"({v})[1:]" if "range" in str(v) else f"({v}) - 1") for n, v in place.get("stack", {}).items())  # noqa: E501
+        if len(place.get("stack", {})) == 1:
+            now = place.get("axis", 1)
+            yield from (put("change axis", (*where, "axis"), axis) for axis in (0, 1, 2) if axis != now)
+    for where, holder in conditions(data):
+        yield drop("condition", (*where, "when"))
+        yield put("negate condition", (*where, "when"), f"not ({holder['when']})")
+    for part in ("ignore", "decode", "unsupported"):
+        yield from (drop(part, (part, i)) for i in range(len(data.get(part, []))))
+
+
+def larger(value: Any) -> Any:
+    return f"({value}) + 1" if isinstance(value, str) else value + 1
+
+
+def rules(data: Any) -> Iterator[tuple[Where, Any]]:
+    groups: list[Where] = [("tensors",)] if "tensors" in data else []
+    groups += [("blocks", name, "tensors") for name in data.get("blocks", {})]
+    for group in groups:
+        for target, rule in get(data, group).items():
+            yield (*group, target), rule
+
+
+def places(data: Any) -> Iterator[tuple[Where, Any]]:
+    for block, body in data.get("blocks", {}).items():
+        for layout in ("always", "scanned", "unscanned"):
+            for i, place in enumerate(body.get(layout, [])):
+                yield ("blocks", block, layout, i), place
+
+
+def conditions(data: Any) -> Iterator[tuple[Where, Any]]:
+    """Everything that has a `when`."""
+    holders = [*rules(data), *places(data)]
+    holders += [(("blocks", name), block) for name, block in data.get("blocks", {}).items()]
+    holders += [((part, i), x) for part in ("ignore", "decode", "unsupported") for i, x in enumerate(data.get(part, []))]
+    return ((where, holder) for where, holder in holders if "when" in holder)
+
+
+def broken_rule(where: Where, rule: Any) -> Iterator[Mutant]:
+    parts = [((*where, "from", i), p) for i, p in enumerate(rule["from"])] if isinstance(rule.get("from"), list) else []
+    yield from (drop(key, (*where, key)) for key in ("from", "as", "fill", "dtype", "stack", "for", "axis", "collection", "partial") if key in rule)  # noqa: E501
+    if "axis" in rule:
+        yield put("change axis", (*where, "axis"), rule["axis"] + 1)
+    if "fill" in rule:
+        yield put("change fill", (*where, "fill"), rule["fill"] + 1)
+    yield from (put("change extent", (*where, "stack", n), f"({v}) - 1") for n, v in rule.get("stack", {}).items())
+    for at, holder in [(where, rule), *parts]:
+        if "as" in holder:
+            yield from (put("swap axes", (*at, "as"), text) for text in swapped_axes(holder["as"]))
+        for i, op in enumerate(holder.get("ops", [])):
+            yield drop("op", (*at, "ops", i))
+            yield from broken_op((*at, "ops", i), op)
+    for i in range(len(parts)):
+        yield drop("part", (*where, "from", i))
+    if len(parts) > 1:
+        yield swap("swap parts", parts[0][0], parts[1][0])
+
+
+def broken_op(where: Where, op: Any) -> Iterator[Mutant]:
+    ((name, argument),) = op.items()
+    if name == "rearrange":
+        yield from (put("swap axes", (*where, name), text) for text in swapped_axes(argument))
+    elif name in ("scale", "add"):
+        yield put("change op", (*where, name), larger(argument))
+    elif name in ("pad", "resize", "slice", "split", "interleave"):
+        for key, value in argument.items():
+            if isinstance(value, list):
+                yield from (put("change op", (*where, name, key, i), larger(v)) for i, v in enumerate(value))
+            elif key != "axis":
+                yield put("change op", (*where, name, key), larger(value))
+    elif name == "cast":
+        yield put("change op", (*where, name), "float16" if argument == "bfloat16" else "bfloat16")
+
+
+def swapped_axes(pattern: str) -> Iterator[str]:
+    """The pattern with two neighbours on its right side swapped, those inside parentheses too."""
+    left, arrow, right = pattern.partition("->")
+    right = right if arrow else left
+    groups = re.findall(r"\([^)]*\)|\S+", right)
+    for i in range(len(groups) - 1):
+        yield f"{left} -> {' '.join([*groups[:i], groups[i + 1], groups[i], *groups[i + 2:]])}"
+    for i, group in enumerate(groups):
+        names = group.strip("()").split()
+        if len(names) > 1:
+            turned = f"({' '.join([names[1], names[0], *names[2:]])})"
+            yield f"{left} -> {' '.join([*groups[:i], turned, *groups[i + 1:]])}"
+
+
+def swaps(data: Any) -> Iterator[Mutant]:
+    """Sources exchanged: between rules of one pattern in one block, and between the values of one loop."""
+    plain = [(where, rule) for where, rule in rules(data) if isinstance(rule.get("from"), str) and "for" not in rule]
+    for i, (one, a) in enumerate(plain):
+        for other, b in plain[i + 1 :]:
+            if one[:-1] == other[:-1] and a.get("as") == b.get("as"):
+                yield swap("swap sources", (*one, "from"), (*other, "from"))
+    for where, holder in [*rules(data), *places(data)]:
+        for variable, over in holder.get("for", {}).items():
+            if isinstance(over, dict):
+                keys = list(over)
+                for a, b in zip(keys, keys[1:], strict=False):
+                    yield swap("swap sources", (*where, "for", variable, a), (*where, "for", variable, b))
+
+
+def misspellings(data: Any) -> Iterator[Mutant]:
+    """Every key of the mapping, and every name in a value, with a letter too many."""
+    yield from _misspelled_keys(data, ())
+    names = [(*where, "at") for where, _ in places(data)]
+    names += [("blocks", name, "source") for name in data.get("blocks", {})]
+    names += [("sources", naming, n) for naming, values in data.get("sources", {}).items() for n in values]
+    for where, rule in rules(data):
+        if isinstance(rule.get("from"), str):
+            names.append((*where, "from"))
+        names += [(*where, "from", i, "from") for i in range(len(rule["from"])) if isinstance(rule["from"], list)] if "from" in rule else []  # noqa: E501
+        names += [(*where, "for", v, k) for v, over in rule.get("for", {}).items() if isinstance(over, dict) for k in over]
+    yield from (put("misspell", where, f"{value}x") for where in names if isinstance(value := get(data, where), str))
+
+
+def _misspelled_keys(data: Any, where: Where) -> Iterator[Mutant]:
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        if isinstance(key, str):
+            yield rename("misspell key", (*where, key), f"{key}x")
+        yield from _misspelled_keys(value, (*where, key))
+
+
+# -- judges --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Judge:
+    """Compiles a mutant under one set of options and says what is wrong with it, None where nothing is."""
+
+    name: str
+    model: str
+    options: Options
+
+    def objection(self, mapping: spec.Mapping) -> str | None:
+        raise NotImplementedError
+
+    def compile(self, mapping: spec.Mapping, checkpoint: Checkpoint | None) -> Plan:
+        return compile_plan(mapping, spec.find_model(self.model, (mapping,))[1], self.options, checkpoint)
+
+
+@dataclass
+class ByArrays(Judge):
+    """Knows every array of a tiny checkpoint."""
+
+    hf: Path
+    checkpoint: Checkpoint
+    expected: Arrays
+    right: Plan  # the shipped mapping's
+
+    def __post_init__(self) -> None:
+        self.recipes = {a.name: recipe(self.right, a) for a in self.right.arrays}
+
+    def objection(self, mapping: spec.Mapping) -> str | None:
+        plan = self.compile(mapping, self.checkpoint)
+        made = {a.name: (a.dtype, a.shape) for a in plan.arrays}
+        if made != {name: (a.dtype.name, a.shape) for name, a in self.expected.items()}:
+            return "another tree, other dtypes or other shapes"
+        # Arrays made as the shipped mapping makes them are known to be right.
+        changed = [i for i, a in enumerate(plan.arrays) if recipe(plan, a) != self.recipes[a.name]]
+        found = evaluate(plan, self.hf, changed)
+        wrong = differences(found, {name: self.expected[name] for name in found})
+        return wrong[0] if wrong else None
+
+
+def recipe(plan: Plan, array: PlanArray) -> Any:
+    """All that an array's values depend on."""
+
+    def names(positions: tuple[int, ...]) -> list[str]:
+        return [plan.tensors[p].name for p in positions]
+
+    sources = [
+        (s.dtype, s.shape, names(s.tensors), s.decode and (replace(s.decode, tensors=()), names(s.decode.tensors)))
+        for s in array.sources
+    ]
+    return array.shape, array.dtype, sources, array.parts
+
+
+@dataclass
+class ByRefusal(Judge):
+    """Knows that the target has no such layout."""
+
+    checkpoint: Checkpoint
+
+    def objection(self, mapping: spec.Mapping) -> str | None:
+        try:
+            self.compile(mapping, self.checkpoint)
+        except InputError as error:
+            return None if {d.code for d in error.diagnostics} == {"unsupported-layout"} else str(error)
+        return "compiled for a layout the target lacks"
+
+
+@dataclass
+class ByTree(Judge):
+    """Knows the paths and shapes of the full-size model."""
+
+    layout: str
+
+    def objection(self, mapping: spec.Mapping) -> str | None:
+        plan = self.compile(mapping, None)
+        expected = {path: shape for path, (shape, _) in tree(self.model, self.layout).items()}
+        return None if {a.name: a.shape for a in plan.arrays} == expected else "another tree"
+
+
+@functools.cache
+def judges(family: str) -> tuple[Judge, ...]:
+    cases = [case for case in known_cases() if spec.find_model(case.model)[0].family == family]
+    found: list[Judge] = []
+    for case in cases:
+        found.append(by_arrays(case, case.id, options_of(case), expected_of(case)))
+        wider = options_of(case, set={"padded_vocab": case.vocab + WIDER})
+        found.append(by_arrays(case, f"{case.id}, wider vocabulary", wider, widened(expected_of(case))))
+    for case in cases:
+        mapping, model = spec.find_model(case.model)
+        for short, layout in (("scan", "scanned"), ("unscan", "unscanned")):
+            options = options_of(case, layout=layout)
+            if layout not in layouts(mapping, model):
+                found.append(ByRefusal(f"{case.name}, {layout}", case.model, options, checkpoint_of(case.hf)))
+            elif all(judge.options != options for judge in found):
+                found.append(by_arrays(case, f"{case.name}, {layout}", options, None))
+            full = short + ".mm" * case.multimodal
+            if layout in layouts(mapping, model) and full in trees()[case.model]:
+                full_options = Options(layout=layout, multimodal=case.multimodal)
+                found.append(ByTree(f"{case.model}, {full}", case.model, full_options, full))
+    return tuple(found)
+
+
+def by_arrays(case: GoldenCase, name: str, options: Options, expected: Arrays | None) -> ByArrays:
+    mapping, model = spec.find_model(case.model)
+    checkpoint = with_ignored(mapping, options, checkpoint_of(case.hf))
+    right = compile_plan(mapping, model, options, checkpoint)
+    made = evaluate(right, case.hf)
+    if expected is not None:
+        assert differences(made, expected) == [], f"{name}: the shipped mapping itself is wrong"
+    return ByArrays(name, case.model, options, case.hf, checkpoint, made, right)
+
+
+def widened(arrays: Arrays) -> Arrays:
+    """The arrays for a larger vocabulary: zeros at the end of its axis."""
+    out = dict(arrays)
+    for name, axis in (("params/params/token_embedder/embedding", 0), ("params/params/decoder/logits_dense/kernel", 1)):
+        if name in out:
+            out[name] = np.pad(out[name], [(0, WIDER if i == axis else 0) for i in range(out[name].ndim)])
+    return out
+
+
+def with_ignored(mapping: spec.Mapping, options: Options, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a tensor more for each entry of `ignore` that is in force: goldens lack what few uploads have."""
+    plan = compile_plan(mapping, next(iter(mapping.models.values())), options, checkpoint)
+    names = {**dict(plan.choices.dims), **mapping.sources[plan.choices.naming], **names_of(options, checkpoint)}
+    tensors = dict(checkpoint.tensors)
+    for entry in mapping.ignore:
+        if holds(entry.when, names):
+            name = render(entry.source, names).replace("*", "any")
+            tensors.setdefault(name, SourceTensor(name, "bfloat16", (1,), 0, 0, 2))
+    return replace(checkpoint, tensors=tensors)
+
+
+def names_of(options: Options, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"config": checkpoint.config, "multimodal": options.multimodal, "dtype": options.dtype}
+
+
+def holds(condition: Any, names: dict[str, Any]) -> bool:
+    return condition is None or condition is True or bool(isinstance(condition, str) and expression(condition, names))
+
+
+# -- what is not put to the test -----------------------------------------------------------------------------
+
+
+def neutral(mutant: Mutant, family: str) -> str | None:
+    """Why a mutant may well do what the mapping does; None where it may not."""
+    kind, where = mutant.kind, mutant.where
+    own = {judge.model for judge in judges(family)}
+    data = shipped(family).document.data
+    match where:
+        case ("models", name, *rest) if name not in own:
+            return "another model than the judges'"
+        case ("models", name, *rest) if rest[:1] in (["repo"],) or (rest and kind == "misspell key" and rest[0] == "set"):
+            return None
+        case ("blocks" | "sources", _) if kind == "misspell key":
+            return "a label that only people read"
+    return None
+
+
+def shipped(family: str) -> spec.Mapping:
+    return next(m for m in spec.shipped() if m.family == family)
+
+
+def verdict(data: Any, mutant: Mutant, among: tuple[Judge, ...]) -> str | None:
+    """How the mutant is found out, None where nobody notices."""
+    broken = copy.deepcopy(data)
+    mutant.edit(broken)
+    document = Document("mutant.yaml", json.dumps(broken), broken)
+    try:
+        check(document)
+        mapping = spec._mapping(document)
+        for judge in among:
+            if objection := judge.objection(mapping):
+                return f"{judge.name}: {objection}"
+    except InputError as error:
+        return f"refused: {error}"
+    return None

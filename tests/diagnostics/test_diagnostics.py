@@ -1,0 +1,115 @@
+"""What ckptc says, word for word: every directory here is a case, and a new case needs no Python.
+
+`<code>/` or `<code>.<variant>/` holds the files a user has, and `expected.txt`, what is then printed on stderr. The
+files are copied to an empty directory in which the command runs, so that texts name them as given. Three are special:
+
+    headers.json   {name: [dtype, shape]}: becomes checkpoint/model.safetensors, all zeros
+    config.json    becomes checkpoint/config.json
+    args           command lines; the last is the one that fails, those before it set the stage (default: COMPILE)
+
+`args` may also say `replace FILE OLD NEW`, `repeat FILE TEXT TIMES`, `remove PATH` and `mkdir DIR`. After a change of
+wording, `CKPTC_UPDATE=1 pytest tests/diagnostics` writes every expected.txt anew: read the diff as a user would.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+from math import prod
+from pathlib import Path
+
+import pytest
+
+import ckptc
+from ckptc.cli.main import INPUT_AT_FAULT, run
+from ckptc.io.safetensors import DTYPES
+
+HERE = Path(__file__).parent
+CASES = sorted(p.name for p in HERE.iterdir() if p.is_dir() and p.name != "__pycache__")
+SOURCE = Path(ckptc.__file__).parent
+STAGES = ("spec", "compile", "plan", "cli", "run")
+COMPILE = "compile --mapping mapping.yaml --model tiny --source checkpoint"
+CODE = re.compile(r"[a-z]+(-[a-z]+)+")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_is_exactly_the_expected(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, expected = HERE / name, HERE / name / "expected.txt"
+    _lay_out(case, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    *before, last = (case / "args").read_text("utf-8").splitlines() if (case / "args").exists() else [COMPILE]
+    for line in before:
+        _set_the_stage(shlex.split(line))
+    capsys.readouterr()
+    code = run(shlex.split(last))
+    out, err = capsys.readouterr()
+    err = err.replace(str(tmp_path), "DIR")
+    if os.environ.get("CKPTC_UPDATE"):
+        expected.write_text(err, "utf-8")
+    assert code == INPUT_AT_FAULT, out + err
+    assert out == "", "what is wrong belongs on stderr"
+    assert f"error[{name.partition('.')[0]}]" in err
+    assert err == expected.read_text("utf-8")
+
+
+def test_every_code_has_a_fixture() -> None:
+    raised = {code for stage in STAGES for file in (SOURCE / stage).rglob("*.py") for code in _codes(file)}
+    assert len(raised) > 25, "codes are string literals"
+    assert sorted(raised - {name.partition(".")[0] for name in CASES}) == []
+
+
+def test_every_fixture_is_of_a_code_that_exists() -> None:
+    known = {code for file in SOURCE.rglob("*.py") for code in _codes(file)}
+    assert [name for name in CASES if name.partition(".")[0] not in known] == []
+
+
+def _codes(file: Path) -> set[str]:
+    """The string literals of a module that are spelled as codes are; it has no others of that spelling."""
+    literals = [n.value for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.Constant)]
+    return {text for text in literals if isinstance(text, str) and CODE.fullmatch(text)}
+
+
+def _lay_out(case: Path, directory: Path) -> None:
+    for file in case.iterdir():
+        if file.name not in ("args", "expected.txt", "headers.json", "config.json"):
+            shutil.copy(file, directory / file.name)
+    checkpoint = directory / "checkpoint"
+    if (case / "headers.json").exists():
+        checkpoint.mkdir()
+        _write_safetensors(checkpoint / "model.safetensors", json.loads((case / "headers.json").read_text("utf-8")))
+    if (case / "config.json").exists():
+        checkpoint.mkdir(exist_ok=True)
+        shutil.copy(case / "config.json", checkpoint)
+
+
+def _write_safetensors(file: Path, headers: dict[str, tuple[str, list[int]]]) -> None:
+    sizes, entries, end = dict(DTYPES.values()), {}, 0
+    names = {canonical: stored for stored, (canonical, _) in DTYPES.items()}
+    for name, (dtype, shape) in headers.items():
+        begin, end = end, end + prod(shape) * sizes[dtype]
+        entries[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
+
+
+def _set_the_stage(words: list[str]) -> None:
+    match words:
+        case ["replace", file, old, new]:
+            text = Path(file).read_text("utf-8")
+            assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times"
+            Path(file).write_text(text.replace(old, new), "utf-8")
+        case ["repeat", file, text, times]:
+            Path(file).write_text(text * int(times), "utf-8")
+        case ["remove", path]:
+            shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+        case ["mkdir", directory]:
+            Path(directory).mkdir(parents=True)
+        case _:
+            assert run(words) == 0, words
