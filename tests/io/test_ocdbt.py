@@ -171,11 +171,15 @@ def test_statistics_are_those_of_the_tree(tmp_path: Path) -> None:
 
 
 def test_nodes_keep_to_the_limit() -> None:
-    entries, _ = chunk_entries(5000)
-    for limit in (500, 5000, 50_000):
-        tree = ocdbt.encode_tree(entries, NODES, max_node_bytes=limit)
-        assert max(map(len, tree.nodes)) <= limit
-        assert len(tree.nodes) > 5000 * 20 / limit
+    # By TensorStore's estimate 100 bytes each, so 10 in a leaf of 1000; a child of the root counts 56 + 4 + 34.
+    entries = [ocdbt.Entry(b"%04d" % i, bytes(80)) for i in range(110)]
+    leaves = ocdbt.encode_tree(entries, NODES, max_node_bytes=1000)
+    assert (leaves.height, len(leaves.nodes)) == (2, 11 + 2 + 1)
+    assert (leaves.root.location.offset, leaves.root.location.length) == (
+        sum(map(len, leaves.nodes[:-1])),
+        len(leaves.nodes[-1]),
+    )
+    assert len(ocdbt.encode_tree(entries, NODES, max_node_bytes=1034).nodes) == 11 + 1
 
 
 def test_the_configuration_is_the_one_orbax_writes(tmp_path: Path) -> None:
@@ -214,10 +218,11 @@ def test_any_keys_are_read_back(keys: set[bytes], max_node_bytes: int) -> None:
         ([], "at least one entry"),
         ([b"b", b"a"], "not strictly increasing"),
         ([b"a", b"a"], "not strictly increasing"),
+        ([b"a", b"b", b"b", b"c"], "not strictly increasing"),
         ([b"a" * 65536], "exceeds the format's 65535"),
     ],
 )
-@pytest.mark.parametrize("max_node_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("max_node_bytes", [1, 40, 1 << 20])
 def test_entries_that_no_tree_can_hold_are_refused(keys: list[bytes], message: str, max_node_bytes: int) -> None:
     with pytest.raises(ValueError, match=message):
         ocdbt.encode_tree([ocdbt.Entry(k, b"") for k in keys], NODES, max_node_bytes=max_node_bytes)

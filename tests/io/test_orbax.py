@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -274,6 +275,8 @@ def test_metadata_is_what_orbax_writes(ours_of_16: Path, orbaxs: Path, name: str
         )
         assert (ours_norm.pop("write_shape"), theirs_norm.pop("write_shape")) == ([48], [3])
     assert ours == theirs
+    if name == "items/_sharding":
+        assert (ours_of_16 / name).read_text() == (orbaxs / name).read_text()
 
 
 def test_the_sharding_of_one_device_is_the_text_that_orbax_writes_on_one() -> None:
@@ -340,12 +343,19 @@ def test_a_process_may_have_nothing_to_write(tmp_path: Path) -> None:
 
 
 def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda c: writer.write_chunk(*c, part(*c)), cells()))
+    arrays = [ArraySpec(("params", "w"), (5000,), "int16", (1,), (1,))]
+    writer = ItemsWriter(tmp_path, arrays)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads meet inside `write_chunk`
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            entries = list(pool.map(lambda i: writer.write_chunk(0, (i,), np.array([i], np.int16)), range(5000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(offset for _, offset, _ in entries) == list(range(0, 10_000, 2))
     writer.close()
-    finish(tmp_path)
-    assert_restored(standard(tmp_path))
+    orbax.finish(tmp_path, arrays, custom_metadata={})
+    assert np.array_equal(standard(tmp_path)["params"]["w"], np.arange(5000))
 
 
 def test_a_new_writer_goes_on_where_an_interrupted_one_was(tmp_path: Path) -> None:
@@ -364,6 +374,23 @@ def test_a_new_writer_goes_on_where_an_interrupted_one_was(tmp_path: Path) -> No
         second.write_chunk(0, (0, 0), part(0, (0, 0)))
     write(second, cells()[40:])
     second.close()
+    finish(tmp_path)
+    assert_restored(standard(tmp_path))
+
+
+def test_a_chunk_that_the_disk_refused_can_be_written_again(tmp_path: Path) -> None:
+    writer = ItemsWriter(tmp_path, ARRAYS)
+    write(writer, cells()[:3])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (960 * 3 + 100, limits[1]))  # the first 100 bytes are still taken
+    try:
+        with pytest.raises(OSError):
+            write(writer, cells()[3:4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(writer.entries())) == 3
+    write(writer, cells()[3:])
+    writer.close()
     finish(tmp_path)
     assert_restored(standard(tmp_path))
 

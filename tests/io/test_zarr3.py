@@ -37,9 +37,7 @@ def tensorstore_metadata(shape: tuple[int, ...], dtype: str, chunk: tuple[int, .
 
 @pytest.mark.parametrize("dtype", sorted(zarr3.DTYPES))
 @pytest.mark.parametrize(("shape", "chunk"), SHAPES)
-def test_metadata_is_tensorstores_own_text(
-    shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]
-) -> None:
+def test_metadata_is_tensorstores_own_text(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> None:
     spec = {"driver": "zarr3", "kvstore": "memory://", "metadata": tensorstore_metadata(shape, dtype, chunk)}
     array = ts.open(spec, create=True).result()
     assert array.kvstore.read("zarr.json").result().value == zarr3.array_metadata(shape, dtype, chunk)
@@ -145,9 +143,7 @@ def test_parts_at_the_edge_are_padded_with_zeros() -> None:
 
 
 def test_keys_and_cells_agree() -> None:
-    chunks = zarr3.Chunks(
-        [zarr3.Array("v", (5,), "int8", (2,)), zarr3.Array("w", (5, 22, 1), "int8", (2, 2, 1))]
-    )
+    chunks = zarr3.Chunks([zarr3.Array("v", (5,), "int8", (2,)), zarr3.Array("w", (5, 22, 1), "int8", (2, 2, 1))])
     array = chunks.arrays[1]
     assert array.grid == (3, 11, 1)
     for cell, (key, index) in enumerate(zip(array.keys(), np.ndindex(array.grid), strict=True)):
@@ -156,9 +152,7 @@ def test_keys_and_cells_agree() -> None:
     assert array.key((2, 10, 0)) == "w/c/2/10/0"
 
 
-@pytest.mark.parametrize(
-    "key", ["w/c/3", "w/c/-1", "w/c", "w/c/0/0", "w/c/x", "u/c/0", "w/zarr.json", "w/d/0", "w"]
-)
+@pytest.mark.parametrize("key", ["w/c/3", "w/c/-1", "w/c", "w/c/0/0", "w/c/x", "u/c/0", "w/zarr.json", "w/d/0", "w"])
 def test_keys_of_no_chunk_are_refused(key: str) -> None:
     with pytest.raises(ValueError):
         zarr3.Chunks([zarr3.Array("w", (3,), "int8", (1,))]).locate(key)
@@ -171,9 +165,7 @@ def test_arrays_come_in_the_order_of_their_keys() -> None:
         chunks.add(f"{name}/c/{i}", 100 + i, 1, file=3)
     keys = []
     for array, there in chunks.by_key():
-        assert [place for _, *place in sorted(there, key=lambda cell: cell[1])] == [
-            [100 + i, 3] for i in range(12)
-        ]
+        assert [place for _, *place in sorted(there, key=lambda cell: cell[1])] == [[100 + i, 3] for i in range(12)]
         keys += [*(key for key, _, _ in there), array.metadata_key.encode()]
     assert keys == sorted(keys)
     assert len(keys) == len(names) * 13

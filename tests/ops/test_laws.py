@@ -254,7 +254,10 @@ def axis_maps(draw: st.DrawFn) -> AxisMap:
     extent = 1
     for _ in range(draw(st.integers(0, 3))):
         size, weight = draw(st.integers(1, 4)), extent + draw(st.integers(0, 3))
-        factors.insert(0, Factor(size, weight, draw(st.integers(-20, 20)), draw(st.integers(-3, 3))))
+        step, tensor = draw(st.integers(-20, 20)), draw(st.integers(-3, 3))
+        if factors and draw(st.booleans()):  # advances as the one inside it goes on
+            step, tensor = factors[0].step * factors[0].size, factors[0].tensor * factors[0].size
+        factors.insert(0, Factor(size, weight, step, tensor))
         extent += (size - 1) * weight
     return AxisMap(draw(st.integers(0, 5)), tuple(factors))
 

@@ -1,4 +1,4 @@
-"""The worker: whatever the ops, chunks and units, the chunks together are the array, and what is read is what was announced."""
+"""The worker: whatever the ops, chunks and units, the chunks are the array, and what is read is what was announced."""
 
 from __future__ import annotations
 
@@ -98,8 +98,9 @@ def plan_for(directory: Path, made: Made, chunk: Shape, unit: Shape, stored: dic
             block = getattr(how.op, "block", ())
             decode = model.Decode(how.op.name, block, scale.dtype, scale.shape, tuple(position[n] for n in scales_))
         sources.append(model.Source(first.dtype, first.shape, tuple(position[n] for n in values), decode))
+    type_, ones = made.type, (1,) * len(chunk)
     array = Target(
-        ("array",), made.type.shape, made.type.dtype, chunk, unit, (1,) * len(chunk), (), "", (), tuple(sources), tuple(made.parts)
+        ("array",), type_.shape, type_.dtype, chunk, unit, ones, (), "", (), tuple(sources), tuple(made.parts)
     )  # fmt: skip
     read, peak = account(array)
     return Plan(
@@ -274,10 +275,13 @@ MAPPING = """
 family: tiny
 target: maxtext
 dims:
-  { layers: 3, experts: 2, embed: 80, mlp: 24, heads: 4, head_dim: 6, vocab: 20, padded_vocab: 23, pairs: 48, groups: 3, packed: 16, wi: 2 }
+  { layers: 3, experts: 2, embed: 80, mlp: 24, heads: 4, head_dim: 6, vocab: 20, padded_vocab: 23,
+    pairs: 48, groups: 3, packed: 16, wi: 2 }
 models: { tiny: { repo: none/tiny } }
 decode:
-  - { source: "*.down.weight", stored: float8_e4m3fn, op: { dequant_block_fp8: { scales: "{{ stem }}.scale", block: [16, 32] } } }
+  - source: "*.down.weight"
+    stored: float8_e4m3fn
+    op: { dequant_block_fp8: { scales: "{{ stem }}.scale", block: [16, 32] } }
   - { source: "*.gate_up", stored: uint8, op: { dequant_mxfp4: { scales: "{{ name }}_scales" } } }
 tensors:
   embedding: { from: embed.weight, as: vocab embed, ops: [{ scale: sqrt(embed) }, { pad: { vocab: padded_vocab } }] }
@@ -293,7 +297,11 @@ blocks:
         from: o.weight
         as: embed mlp
         ops: [{ dequant_block_fp8: { scales: o.scale, block: [16, 32] } }, { transpose: mlp embed }]
-      down: { from: "{{ expert }}.down.weight", stack: { expert: experts }, as: embed mlp -> expert mlp embed, ops: [{ scale: 0.5 }] }
+      down:
+        stack: { expert: experts }
+        from: "{{ expert }}.down.weight"
+        as: embed mlp -> expert mlp embed
+        ops: [{ scale: 0.5 }]
       "{{ wi }}":
         for: { wi: { gate: 0, up: 1 } }
         from: gate_up

@@ -61,8 +61,9 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.compilation(compile_)
     compile_.add_argument("-o", "--output", metavar="PLAN", dest="plan_file", help="write the plan to this file")
-    compile_.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and nothing else")
-    compile_.add_argument("--json", action="store_true", help="print the summary as JSON")
+    shown = compile_.add_mutually_exclusive_group()
+    shown.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and nothing else")
+    shown.add_argument("--json", action="store_true", help="print the summary as JSON")
     compile_.add_argument("--force", action="store_true", help="let -o replace a file that is not a plan")
 
     run = commands.add_parser(

@@ -12,6 +12,8 @@ rows it takes little of), units get smaller.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -22,6 +24,7 @@ from ckptc.plan.reads import need, plan_read, tensors_of
 
 UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
 UNIT_MOST = 64 << 20  # and at most this many bytes: larger reads gain nothing
+UNITS_MOST = 1 << 14  # units that an array is cut into for the budget's sake, beyond what its size asks for
 
 
 def shard_counts(shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
@@ -46,24 +49,43 @@ def fit(
     budget: int,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The chunk and the unit of an array: no unit uses more than `budget` bytes of buffers, if a row fits."""
+    return _fit(shape, dtype, _kinds(sources), parts, shards, budget)
+
+
+def _kinds(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """The sources without their tensors: arrays of different layers are alike, and scheduled once."""
+    return tuple(replace(s, tensors=(), decode=s.decode and replace(s.decode, tensors=())) for s in sources)
+
+
+@lru_cache(maxsize=4096)
+def _fit(
+    shape: tuple[int, ...],
+    dtype: str,
+    sources: tuple[Source, ...],
+    parts: tuple[Part, ...],
+    shards: tuple[int, ...],
+    budget: int,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     main, cost, row = _main(parts), itemsize(dtype), 0
     if main is not None and main.source is not None:
         needed = need(main, sources[main.source])
         cost += -(-(needed.read + needed.decoded_bytes) // main.size)
         row = needed.rows.layout.length if needed.rows else 0
     limit = max(1, budget // cost)
-    chunk, unit = _choose(shape, parts, shards, limit, row)
-    _, peak = _account(shape, dtype, sources, parts, unit)
-    while peak > budget and limit > 1:
-        limit = min(limit * 9 // 10, limit * budget // peak) or 1
+    best = last = _choose(shape, parts, shards, limit, row)
+    least = peak = _account(shape, dtype, sources, parts, last[1])[1]
+    while least > budget and limit > 1:
+        limit = max(1, min(limit * 9 // 10, limit * budget // peak))
         smaller = _choose(shape, parts, shards, limit, row)
-        if smaller[1] == unit:
+        if smaller[1] == last[1]:
             continue
-        _, least = _account(shape, dtype, sources, parts, smaller[1])
-        if least * 20 > peak * 19:  # what is left cannot be shared out: more units would only read it more often
+        last = smaller
+        if prod(-(-n // u) for n, u in zip(shape, last[1], strict=True)) > UNITS_MOST:
             break
-        (chunk, unit), peak = smaller, least
-    return chunk, unit
+        peak = _account(shape, dtype, sources, parts, last[1])[1]
+        if peak < 0.95 * least:  # else it only reads the same more often
+            best, least = last, peak
+    return best
 
 
 def choose(
@@ -129,9 +151,10 @@ def account(array: Array) -> tuple[int, int]:
 
     Buffers hold what a unit reads and decodes, and what it makes.
     """
-    return _account(array.shape, array.dtype, array.sources, array.parts, array.unit)
+    return _account(array.shape, array.dtype, _kinds(array.sources), array.parts, array.unit)
 
 
+@lru_cache(maxsize=4096)
 def _account(
     shape: tuple[int, ...], dtype: str, sources: tuple[Source, ...], parts: tuple[Part, ...], unit: tuple[int, ...]
 ) -> tuple[int, int]:

@@ -8,8 +8,8 @@ entries into nodes, `encode_manifest` names their root, and any OCDBT reader ope
 
 Layout of every field: the specification in TensorStore's documentation, "ocdbt Key-Value Store driver",
 section "Storage format". What it leaves open (order of the data file table, the prefix that a node leaves
-out, the size estimate behind `max_decoded_node_bytes`) follows TensorStore's writer: equal entries give nodes
-equal to its own, byte for byte.
+out, the size estimate behind `max_decoded_node_bytes`) follows TensorStore's writer: a node of the same entries
+is equal to its own, byte for byte. Where one node ends and the next begins is free.
 
 Nodes store columns (all key lengths, all offsets, …), and columns are encoded with numpy: that is what makes
 trees of hundreds of thousands of entries a matter of seconds. Nodes are not compressed. A node states its own
@@ -110,7 +110,7 @@ def encode_tree(entries: Iterable[Entry], file: DataFile, *, offset: int = 0, ma
     """Encode entries as a B+tree whose nodes will lie one after the other in `file`, from `offset` on.
 
     Entries come in strictly increasing order of their keys. A node ends before its decoded size, estimated as
-    TensorStore does, exceeds `max_node_bytes`. Of a generator, two leaves of entries are held at a time.
+    TensorStore does but with its keys whole, exceeds `max_node_bytes`. Of a generator, two leaves are held at a time.
 
     Raises:
         ValueError: no entries, keys out of order or too long.

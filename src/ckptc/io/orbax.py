@@ -205,6 +205,7 @@ def finish(
 
     Raises:
         RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer.
+        ValueError: TensorStore cannot decode an index.
     """
     chunks, items = _chunks(arrays), directory / "items"
     files: list[ocdbt.DataFile] = []

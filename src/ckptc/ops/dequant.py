@@ -85,7 +85,8 @@ class DequantBlockFp8(Decode):
     """value · scale, one scale for each block of the trailing axes.
 
     [.., m, n] float8_e4m3fn or float8_e5m2 with scales [.., ceil(m/bm), ceil(n/bn)] -> [.., m, n] float32. Blocks at
-    the edges may be incomplete. Source of the format: the DeepSeek-V3 repository, README_WEIGHTS.md (`weight_scale_inv`).
+    the edges may be incomplete. Source of the format: the DeepSeek-V3 repository's README_WEIGHTS.md, on
+    `weight_scale_inv`.
     """
 
     block: tuple[int, ...]

@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import TYPE_CHECKING
 
 from ckptc.ops.nest import Part
 from ckptc.ops.types import itemsize
+
+if TYPE_CHECKING:
+    from ckptc.plan.outputs import Outputs
 
 FORMAT = 1  # raised when a plan of an older ckptc can no longer be run
 
@@ -64,6 +68,19 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
+class Exactness:
+    """How near an exported tensor is to the one that was converted, if nothing has changed it since.
+
+    Equal bit for bit where the original's magnitude is above `above` (None: nowhere), else |difference| is at most
+    `relative` · |original| + `absolute`. Exact altogether: `above` is 0.
+    """
+
+    above: float | None = 0.0
+    relative: float = 0.0
+    absolute: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Array:
     """A target array: what it is, how it is stored, and what it is made of."""
 
@@ -78,10 +95,16 @@ class Array:
     ops: tuple[str, ...]  # the rule's ops as text, for people
     sources: tuple[Source, ...]
     parts: tuple[Part, ...]  # cover the array once; `Part.source` is a position in `sources`
+    exactness: Exactness | None = None  # of an exported tensor
 
     @property
     def name(self) -> str:
         return "/".join(self.path)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +147,7 @@ class Made:
     repo: str
     mapping: str  # digest of the mapping's text
     source: str | None  # digest of all files' names, sizes and headers; None without a checkpoint
+    kind: str = "import"  # or "export": from Orbax to safetensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +172,4 @@ class Plan:
     arrays: tuple[Array, ...]  # in the order of their paths
     left_out: tuple[LeftOut, ...]
     totals: Totals
+    outputs: Outputs | None = None  # of an export

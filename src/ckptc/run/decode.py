@@ -29,7 +29,8 @@ BLOCK = 1 << 15  # elements of a block at most: with indices and scales it stays
 
 def _byte_values(dtype: type[Any]) -> Array:
     """float32[256]: what each byte stands for in an 8-bit dtype."""
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    values: Array = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    return values
 
 
 def _pairs() -> Array:

@@ -1,172 +1,303 @@
 """What an unfinished run has done, next to its output, so that the same command goes on where it stopped.
 
+    <output>/.ckptc-lock             held by the living run: two runs into one output exclude each other
     <output>/.ckptc-unfinished/
-        lock            held by the living run: two runs into one output exclude each other
-        plan            digest of the one plan these chunks belong to
-        journal.K       what writer K has made durable: its data file, then a line for each batch of units
-        items/…         the unfinished checkpoint
+        plan                         digest of the one plan that all of this belongs to
+        journal.K                    what writer K has made durable: its data file, then a line for each batch of units
+        checkpoint/                  the unfinished checkpoint, renamed when it is whole
+        replaced/                    an older output, for the moment between two renames
 
-A line is written only after the data it speaks of is on the disk. So whatever a line says can be trusted after a power failure, and a line
-that a crash cut short is simply not there: its units are made again.
+A line is written only after the data it speaks of is on the disk. So whatever a line says can be trusted after a power
+failure, and a line that a crash cut short is simply not there: its units are made again. What no line speaks of is
+deleted when the next run begins.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from ckptc.diagnostics import fail
+from ckptc.diagnostics import InputError, fail
 from ckptc.io.orbax import Entry, ItemsWriter, WriterState
+from ckptc.run import checksum
 
+LOCK = ".ckptc-lock"
 UNFINISHED = ".ckptc-unfinished"  # not a step's name: no reader takes it for a checkpoint
-SYNC_BYTES = 256 << 20  # data written between two syncs: what a power failure costs at most
+SYNC_BYTES = 256 << 20  # data written between two syncs, and
+SYNC_SECONDS = 5.0  # time between them, as long as there is something to sync: what a failure costs at most
+_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)  # flock(2), and file systems that make fcntl locks of it
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def output_error(output: Path, error: OSError) -> InputError:
+    """The system refused to write below `output`, in its words: `disk-full` or `unwritable-output`, to raise."""
+    again = "; what is done is kept, and the same command goes on from there"
+    if error.errno in _FULL:
+        return fail("disk-full", f"no room to write {output}: {error.strerror}", help="make room" + again)
+    reason = error.strerror or str(error)
+    help = "check its permissions and the disk it lies on" + again
+    return fail("unwritable-output", f"cannot write to {output}: {reason}", help=help)
 
 
 @dataclass
 class Unfinished:
     """An output directory's unfinished run, locked by this process."""
 
-    directory: Path
+    output: Path
     lock: int  # descriptor
     done: set[int] = field(default_factory=set)  # units, as positions in the plan's order of work
     writers: dict[int, WriterState] = field(default_factory=dict)  # what each earlier writer has written
+    committed: bool = False  # whether the checkpoint has its name already: killed while it tidied up, it seems
+
+    @property
+    def directory(self) -> Path:
+        return self.output / UNFINISHED
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint"
+
+    def forget(self) -> None:
+        """Removes what is unfinished, the lock's file included; `release` is still to be called."""
+        shutil.rmtree(self.directory)
+        (self.output / LOCK).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Gives the lock back; what is unfinished stays for the next run."""
         os.close(self.lock)
 
 
-def open_unfinished(output: Path, plan_digest: str, restart: bool = False) -> Unfinished:
-    """Locks the output's unfinished run, an earlier one of the same plan or a new one.
+def open_unfinished(output: Path, final: Path, plan_digest: str, restart: bool = False) -> Unfinished:
+    """Locks the output's unfinished run, an earlier one of the same plan or a new one. `final`: what it will become.
 
-    Raises InputError: `output-busy` (another run is writing there), `other-plan` (what is unfinished belongs to another plan, and
-    `restart` does not say to throw it away), `unwritable-output`.
+    Raises InputError: `output-busy` (another run is writing there), `other-plan` (what is unfinished belongs to another
+    plan, and `restart` does not say to throw it away), `unwritable-output`, `disk-full`.
     """
-    directory = output / UNFINISHED
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        output.mkdir(parents=True, exist_ok=True)
+        unfinished = Unfinished(output, _lock(output))
+        try:
+            _enter(unfinished, final, plan_digest, restart)
+        except BaseException:
+            unfinished.release()
+            raise
     except OSError as error:
-        raise fail("unwritable-output", f"cannot write to {output}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise fail(
-            "output-busy", f"another run is writing to {output}", help="wait for it, or choose another --output"
-        ) from None
-    if restart:
-        _clear(directory)
-    found = _read(directory / "plan")
-    if found is not None and found != plan_digest:
-        os.close(lock)
-        raise fail(
-            "other-plan",
-            f"an unfinished run of another plan is in {output}",
-            notes=(f"expected: {plan_digest}", f"found:    {found}"),
-            help="run that plan to go on with it, or use --restart to throw its work away",
-        )
-    unfinished = Unfinished(directory, lock)
-    if found is None:
-        _clear(directory)
-        _write(directory / "plan", plan_digest)
-    else:
-        _load(unfinished)
+        raise output_error(output, error) from None
     return unfinished
 
 
-def _clear(directory: Path) -> None:
+def _lock(output: Path) -> int:
+    """The lock's descriptor. A run that ends removes the file, so what is locked must still be the file of that name."""
+    path = output / LOCK
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    return lock
+        except OSError as error:
+            os.close(lock)
+            if error.errno not in _LOCKED:
+                raise
+            help = "wait for it, or choose another --output"
+            raise fail("output-busy", f"another run is writing to {output}", help=help) from None
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool) -> None:
+    directory = unfinished.directory
+    directory.mkdir(exist_ok=True)
+    replaced = directory / "replaced"
+    if replaced.exists() and not os.path.lexists(final):  # killed between the two renames of `replace`
+        os.rename(replaced, final)
+    found = _read(directory / "plan")
+    if not restart and found is not None and found != plan_digest:
+        raise fail(
+            "other-plan",
+            f"an unfinished run of another plan is in {unfinished.output}",
+            notes=(f"expected: {plan_digest}", f"found:    {found}"),
+            help="run that plan to go on with it, or use --restart to throw its work away",
+        )
+    if restart or found is None:
+        (directory / "plan").unlink(missing_ok=True)  # first: what is left belongs to no plan
+        _keep(directory, ())
+        _write(directory / "plan", plan_digest)
+        return
+    if not unfinished.checkpoint.exists() and any(_journals(directory)):
+        unfinished.committed = True
+        return
+    for process, path in _journals(directory):
+        read = _Lines(unfinished.checkpoint, process, path)
+        if read.file is None:
+            continue
+        os.truncate(path, read.length)  # a line that a crash cut short, so that the next one does not continue it
+        unfinished.done.update(read.units)
+        unfinished.writers[process] = WriterState(read.file, tuple(read.entries))
+    _keep(directory, unfinished.writers)
+
+
+def _keep(directory: Path, writers: Iterable[int]) -> None:
+    """Deletes all that the journals of `writers` do not speak of."""
+    writers = set(writers)
+    kept = {"plan", *(f"journal.{k}" for k in writers), *(("checkpoint",) if writers else ())}
     for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
+        if path.name not in kept:
+            _remove(path)
+    for path in (directory / "checkpoint" / "items").glob("ocdbt.process_*"):
+        if path.name not in {f"ocdbt.process_{k}" for k in writers}:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def replace(unfinished: Unfinished, final: Path) -> None:
+    """Takes an older output out of the way, to where the next run would find it; deleted with what is unfinished."""
+    if os.path.lexists(final):
+        os.rename(final, unfinished.directory / "replaced")
 
 
 def _read(path: Path) -> str | None:
+    """The text of a small file; None when there is none, or when it is empty, as a power failure may leave it."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None
     except FileNotFoundError:
         return None
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    """Whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
+    os.replace(new, path)
+    _sync_directory(path.parent)
 
 
-def _load(unfinished: Unfinished) -> None:
-    for path in sorted(unfinished.directory.glob("journal.*")):
-        lines = path.read_bytes().split(b"\n")
-        entries: list[Entry] = []
-        units: list[int] = []
-        file = lines[0].decode("ascii", "replace")
-        for line in lines[1:-1]:  # the piece after the last newline is a line cut short
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _journals(directory: Path) -> Iterator[tuple[int, Path]]:
+    for path in sorted(directory.glob("journal.*")):
+        if re.fullmatch(r"journal\.[0-9]{1,6}", path.name):
+            yield int(path.suffix[1:]), path
+
+
+class _Lines:
+    """What a journal says, up to the first line that is not whole or speaks of data that is not there."""
+
+    def __init__(self, checkpoint: Path, process: int, path: Path) -> None:
+        self.file: str | None = None
+        self.units: list[int] = []
+        self.entries: list[Entry] = []
+        self.sums: defaultdict[int, int] = defaultdict(int)  # of arrays, as positions in the plan
+        first, *lines = path.read_bytes().split(b"\n")
+        file = first.decode("ascii", "replace")
+        data = checkpoint / "items" / f"ocdbt.process_{process}" / "d" / file
+        if not lines or not re.fullmatch("[0-9a-f]{32}", file) or not data.is_file():
+            return
+        self.file, self.length = file, len(first) + 1
+        size = data.stat().st_size
+        for line in lines[:-1]:  # the piece after the last newline is a line cut short
             try:
                 record = json.loads(line)
-                batch = [Entry(key, offset, length) for key, offset, length in record["chunks"]]
+                entries = [Entry(str(key), int(offset), int(length)) for key, offset, length in record["chunks"]]
+                units, sums = list(map(int, record["units"])), [(int(a), int(s)) for a, s in record["sums"]]
             except (ValueError, TypeError, KeyError):
-                break
-            units += record["units"]
-            entries += batch
-        data = unfinished.directory / "items" / f"ocdbt.process_{path.suffix[1:]}" / "d" / file
-        if (
-            len(lines) > 1
-            and data.is_file()
-            and data.stat().st_size >= max((e.offset + e.length for e in entries), default=0)
-        ):
-            unfinished.done.update(units)
-            unfinished.writers[int(path.suffix[1:])] = WriterState(file, tuple(entries))
-        else:
-            path.unlink()
+                return
+            if any(e.offset < 0 or e.offset + e.length > size for e in entries):
+                return
+            self.units += units
+            self.entries += entries
+            for array, value in sums:
+                self.sums[array] = checksum.add(self.sums[array], value)
+            self.length += len(line) + 1
+
+
+def read_sums(unfinished: Unfinished) -> dict[int, int]:
+    """The sums of all chunks that the journals speak of, by the array's position in the plan."""
+    out: defaultdict[int, int] = defaultdict(int)
+    for process, path in _journals(unfinished.directory):
+        for array, value in _Lines(unfinished.checkpoint, process, path).sums.items():
+            out[array] = checksum.add(out[array], value)
+    return dict(out)
 
 
 class Journal:
-    """One writer's journal. `add` takes a finished unit; a thread syncs the data and then writes the line, so that work goes on meanwhile."""
+    """One writer's journal. `add` takes a finished unit; a thread syncs the data and then writes the line, so that work
+    goes on meanwhile. Not for several threads."""
 
-    def __init__(self, directory: Path, process: int, writer: ItemsWriter, resumed: bool) -> None:
+    def __init__(self, unfinished: Unfinished, process: int, writer: ItemsWriter) -> None:
         self._writer = writer
-        self._path = directory / f"journal.{process}"
-        if not resumed:
-            _write(self._path, writer.file)
-        else:
-            _cut(self._path)
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        path = unfinished.directory / f"journal.{process}"
+        if process not in unfinished.writers:
+            # The data file's name is made durable before a line can speak of it.
+            root = unfinished.checkpoint / "items" / f"ocdbt.process_{process}"
+            for directory in (root / "d", root, root.parent, unfinished.checkpoint, unfinished.directory):
+                _sync_directory(directory)
+            _write(path, writer.file)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._units: list[int] = []
         self._chunks: list[Entry] = []
+        self._sums: defaultdict[int, int] = defaultdict(int)
         self._bytes = 0
+        self._synced = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def add(self, unit: int, chunks: Sequence[Entry]) -> None:
-        """Notes a unit whose chunks have been written. Raises what an earlier sync failed with."""
+    def add(self, unit: int, array: int, chunks: Sequence[Entry], total: int) -> None:
+        """Notes a unit of an array whose chunks have been written; `total` is the sum of its chunks.
+
+        Raises what an earlier sync failed with.
+        """
         self._units.append(unit)
         self._chunks += chunks
+        self._sums[array] = checksum.add(self._sums[array], total)
         self._bytes += sum(c.length for c in chunks)
-        if self._bytes >= SYNC_BYTES and (self._thread is None or not self._thread.is_alive()):
+        due = self._bytes >= SYNC_BYTES or time.monotonic() - self._synced >= SYNC_SECONDS
+        if due and (self._thread is None or not self._thread.is_alive()):
             self._join()
+            self._synced = time.monotonic()
             self._thread = threading.Thread(target=self._write_batch, args=self._take(), daemon=True)
             self._thread.start()
 
-    def _take(self) -> tuple[list[int], list[Entry]]:
-        batch = self._units, self._chunks
-        self._units, self._chunks, self._bytes = [], [], 0
+    def _take(self) -> tuple[list[int], list[Entry], dict[int, int]]:
+        batch = self._units, self._chunks, self._sums
+        self._units, self._chunks, self._sums, self._bytes = [], [], defaultdict(int), 0
         return batch
 
-    def _write_batch(self, units: list[int], chunks: list[Entry]) -> None:
+    def _write_batch(self, units: list[int], chunks: list[Entry], sums: dict[int, int]) -> None:
         try:
             self._writer.sync()
-            line = json.dumps({"units": units, "chunks": chunks}, separators=(",", ":")) + "\n"
-            view = memoryview(line.encode())
+            record = {"units": units, "sums": list(sums.items()), "chunks": chunks}
+            view = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             while view:
                 view = view[os.write(self._descriptor, view) :]
             os.fsync(self._descriptor)
@@ -178,6 +309,7 @@ class Journal:
             self._thread.join()
             self._thread = None
         if self._error is not None:
+            # Nothing more may be written: a later line would follow one that is cut short, or speak of lost data.
             raise self._error
 
     def flush(self) -> None:
@@ -193,12 +325,11 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        os.close(self._descriptor)
-
-
-def _cut(path: Path) -> None:
-    """Drops a last line that a crash cut short, so that the next one does not continue it."""
-    data = path.read_bytes()
-    os.truncate(path, data.rfind(b"\n") + 1)
+        try:
+            if error is None:
+                self.flush()
+            else:  # what is done is kept, if that is still possible; the error is what is said
+                with suppress(OSError, RuntimeError):
+                    self.flush()
+        finally:
+            os.close(self._descriptor)

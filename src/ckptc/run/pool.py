@@ -1,7 +1,9 @@
 """Worker processes of one machine: forked, fed from a shared counter, watched.
 
-Processes, because small numpy calls hold the GIL between them; forked, because a worker then shares the plan and the loaded libraries with its
-parent. What they say to the parent is JSON. A worker that fails or dies ends the others, and the run.
+Processes, because small numpy calls hold the GIL between them; forked, because a worker then shares the plan and the
+loaded libraries with its parent. What they say to the parent is JSON. When one fails or dies, or the run is
+interrupted, the others end their unit of work, note what they have done and stop; then the run ends with what the first
+one said.
 """
 
 from __future__ import annotations
@@ -10,18 +12,18 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ckptc.diagnostics import Diagnostic, InputError, Span
+from ckptc.diagnostics import Diagnostic, InputError, Span, fail
 
 POLL = 0.1  # seconds between two looks at the counters
-
-
-class WorkerDied(RuntimeError):
-    """A worker process ended without saying why: killed, or out of memory."""
+PATIENCE = 10.0  # seconds that workers have to stop by themselves
+_NEVER = 1 << 62  # a number past every unit
 
 
 class Shared:
@@ -30,16 +32,27 @@ class Shared:
     def __init__(self, workers: int) -> None:
         context = mp.get_context("fork")
         self._next = context.Value("q", 0)
+        self._stopped = context.Value("b", 0, lock=False)
         self._written = context.Array("q", workers, lock=False)
         self._read = context.Array("q", workers, lock=False)
         self._unit = context.Array("q", workers, lock=False)
 
     def take(self) -> int:
-        """The next number, each one once."""
+        """The next number, each one once; past all units once the run has been stopped."""
+        if self._stopped.value:
+            return _NEVER
         with self._next.get_lock():
-            value: int = self._next.value
+            value = int(self._next.value)
             self._next.value = value + 1
             return value
+
+    def stop(self) -> None:
+        """No more units. Without the lock, which a worker that was killed may have held."""
+        self._stopped.value = 1
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self._stopped.value)
 
     def note(self, worker: int, unit: int, written: int, read: int) -> None:
         self._unit[worker], self._written[worker], self._read[worker] = unit, written, read
@@ -58,43 +71,87 @@ class Shared:
         return max(self._unit)
 
 
-def run_workers(workers: int, body: Callable[[int], None], watch: Callable[[], None]) -> None:
-    """Runs `body(k)` for k below `workers`, each in a process of its own, and `watch` meanwhile; with one worker, in this process.
+Body = Callable[[int, Callable[[], None]], None]  # of a worker's number, and what it calls after each unit
 
-    Raises the InputError that a body raised, WorkerDied, or RuntimeError with the text of any other failure.
+
+def run_workers(workers: int, body: Body, watch: Callable[[], None], shared: Shared) -> None:
+    """Runs `body(k, tick)` for k below `workers`, each in a process of its own, and `watch` meanwhile; with one worker,
+    in this process, where `tick` is what calls `watch`.
+
+    Raises the InputError that a body raised, `worker-died` (a process was killed), or RuntimeError with the text of any
+    other failure.
     """
     if workers == 1:
-        body(0)
+        body(0, _Ticker(watch))
         watch()
         return
     context = mp.get_context("fork")
-    running: dict[Any, tuple[mp.process.BaseProcess, Connection]] = {}
+    running: dict[Connection, Any] = {}  # processes by the pipe they speak through
     try:
         for k in range(workers):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_child, args=(body, k, theirs, os.getpid()), daemon=True)
             process.start()
             theirs.close()
-            running[process.sentinel] = (process, ours)
+            running[ours] = process
         while running:
-            ready = wait(list(running), timeout=POLL)
-            watch()
-            for sentinel in ready:
-                process, pipe = running.pop(sentinel)
+            for pipe in wait(list(running), timeout=POLL):
+                assert isinstance(pipe, Connection)
+                # The pipe before the process: one that says more than the pipe holds ends only when it is heard.
+                said = _hear(pipe)
+                process = running.pop(pipe)
                 process.join()
-                _raise(pipe, process.exitcode)
+                pipe.close()
+                _raise(said, process.exitcode)
+            watch()
+    except BaseException:
+        shared.stop()
+        raise
     finally:
-        for process, pipe in running.values():
+        _end(running)
+
+
+class _Ticker:
+    """Calls `watch` at most once in POLL seconds."""
+
+    def __init__(self, watch: Callable[[], None]) -> None:
+        self._watch, self._last = watch, time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= POLL:
+            self._last = now
+            self._watch()
+
+
+def _end(running: dict[Connection, Any]) -> None:
+    """Waits for workers that have been told to stop; kills those that do not, or when interrupted again."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        for pipe, process in running.items():
+            while process.is_alive() and time.monotonic() < deadline:
+                wait([process.sentinel, pipe], timeout=POLL)
+                _hear(pipe) if pipe.poll() else None
+    finally:
+        for pipe, process in running.items():
             process.kill()
             process.join()
             pipe.close()
 
 
-def _child(body: Callable[[int], None], k: int, pipe: Connection, parent: int) -> None:
+def _hear(pipe: Connection) -> dict[str, Any]:
+    """What a worker said before it ended; nothing when all went well, or when it was killed."""
+    with suppress(EOFError, OSError, ValueError):
+        said: dict[str, Any] = json.loads(pipe.recv_bytes())
+        return said
+    return {}
+
+
+def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     _die_with(parent)
     try:
-        body(k)
+        body(k, lambda: None)
     except InputError as error:
         pipe.send_bytes(json.dumps({"input": [asdict(d) for d in error.diagnostics]}).encode())
         os._exit(1)
@@ -105,7 +162,7 @@ def _child(body: Callable[[int], None], k: int, pipe: Connection, parent: int) -
 
 
 def _die_with(parent: int) -> None:
-    """Asks the kernel to kill this process when its parent dies, where the kernel can (Linux, prctl(2) PR_SET_PDEATHSIG)."""
+    """Asks the kernel to kill this process when its parent dies, where it can (Linux, prctl(2) PR_SET_PDEATHSIG)."""
     try:
         import ctypes
 
@@ -116,9 +173,7 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _raise(pipe: Connection, code: int | None) -> None:
-    with pipe:
-        said = json.loads(pipe.recv_bytes()) if pipe.poll() and code else {}
+def _raise(said: dict[str, Any], code: int | None) -> None:
     if "input" in said:
         raise InputError(
             Diagnostic(d["code"], d["message"], Span(**d["span"]) if d["span"] else None, tuple(d["notes"]), d["help"])
@@ -128,4 +183,9 @@ def _raise(pipe: Connection, code: int | None) -> None:
         raise RuntimeError(said["internal"])
     if code:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise WorkerDied(f"a worker process died ({cause}); was the machine out of memory?")
+        raise fail(
+            "worker-died",
+            f"a worker process was killed ({cause})",
+            help="where memory ran out, use fewer --jobs or a plan with less --memory; what is done is kept, and the "
+            "same command goes on from there",
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ import numpy.typing as npt
 from ckptc.diagnostics import fail
 from ckptc.io.locate import recall
 from ckptc.io.orbax import ArraySpec, Entry, ItemsWriter, commit, finish
-from ckptc.io.reader import RangeReader, check_unchanged
+from ckptc.io.reader import RangeReader
+from ckptc.io.restored import custom_metadata_of
+from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
+from ckptc.ops.types import itemsize
 from ckptc.plan.model import Plan
-from ckptc.run.journal import Journal, Unfinished, open_unfinished
+from ckptc.run import checksum
+from ckptc.run.journal import Journal, Unfinished, UNFINISHED, open_unfinished, output_error, read_sums, replace
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.order import forwards
 from ckptc.run.pool import Shared, run_workers
+from ckptc.run.preflight import check_memory, check_room, check_sha256, check_source
 from ckptc.run.worker import Worker
 
 STEP = "0"  # the step directory that MaxText's converter writes
@@ -53,6 +59,10 @@ class Settings:
     jobs: int  # worker processes at most
     restart: bool = False  # throw away what an unfinished run has done
     force: bool = False  # replace an existing output
+    sha256: str | None = None  # "auto", or a file of sums, that the source's files are held against
+
+
+def _nothing(_: object) -> None: ...
 
 
 def run(
@@ -60,48 +70,72 @@ def run(
     digest: str,
     output: Path,
     source: Path | None = None,
+    on_progress: Callable[[Progress], None] = _nothing,
     settings: Settings | None = None,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    before_commit: Callable[[Path], None] = _nothing,
 ) -> Report:
-    """Executes exactly the plan, into `<output>/0`; goes on with an unfinished run of the same plan. `digest` is the plan's.
+    """Executes exactly the plan, into `<output>/0`; goes on with an unfinished run of the same plan. `digest` is the
+    plan's. `before_commit` is given the directory of the finished checkpoint; when it raises, that stays unfinished.
 
-    Raises InputError: `abstract-plan`, `unknown-source`, `source-changed`, `output-exists`, what `open_unfinished` raises, and
-    what reading files may raise.
+    Raises InputError: `abstract-plan`, `unknown-source`, `output-exists`, what `ckptc.run.preflight` and
+    `open_unfinished` raise, what reading files may raise, `worker-died`, and `disk-full` or `unwritable-output` when the
+    system refuses to write.
     """
     started, wall = time.perf_counter(), time.time_ns()
     settings = settings or Settings(jobs=1)
     directory = find_source(plan, source)
     final = output / STEP
-    if final.exists() and not settings.force:
+    files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
+    check_memory(plan)
+    check_source(plan, directory, files)
+    if settings.sha256 is not None:
+        check_sha256(settings.sha256, directory, files)
+    if not settings.force and not (output / UNFINISHED).exists():  # else what is unfinished may tell more, below
+        _refuse_existing(final)
+    unfinished = open_unfinished(output, final, digest, settings.restart)
+    try:
+        if unfinished.committed and _is_of(final, digest):
+            unfinished.forget()
+            return Report(str(final), 0, plan.totals.write_bytes, time.perf_counter() - started, peak_resident_bytes())
+        if not settings.force:
+            _refuse_existing(final)
+        work = _Work(plan, directory, files, unfinished, settings.jobs)
+        check_room(output, work.to_write)
+        work.execute(on_progress)
+        finish(
+            unfinished.checkpoint,
+            work.specs,
+            custom_metadata=custom_metadata(plan, digest, read_sums(unfinished)),
+            final=final,
+            started=wall,
+            processes=work.writers,
+        )
+        before_commit(unfinished.checkpoint)
+        replace(unfinished, final)
+        commit(unfinished.checkpoint, final)
+        unfinished.forget()
+    except OSError as error:
+        raise output_error(output, error) from None
+    finally:
+        unfinished.release()
+    seconds = time.perf_counter() - started
+    return Report(str(final), work.shared.read, work.made, seconds, peak_resident_bytes())
+
+
+def _refuse_existing(final: Path) -> None:
+    if os.path.lexists(final):
         raise fail(
             "output-exists",
             f"there is a checkpoint at {final} already",
             help="choose another --output, or use --force to replace it",
         )
-    files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
-    check_unchanged(directory, files)
-    unfinished = open_unfinished(output, digest, settings.restart)
-    try:
-        work = _Work(plan, directory, files, unfinished, settings.jobs)
-        work.execute(on_progress)
-        partial = unfinished.directory
-        finish(
-            partial,
-            work.specs,
-            custom_metadata=custom_metadata(plan, digest),
-            final=final,
-            started=wall,
-            processes=work.writers,
-        )
-        for name in ("plan", *(f"journal.{k}" for k in range(work.writers))):
-            (partial / name).unlink(missing_ok=True)
-        if final.exists():
-            shutil.rmtree(final)
-        commit(partial, final)
-    finally:
-        unfinished.release()
-    seconds = time.perf_counter() - started
-    return Report(str(final), work.shared.read, work.made, seconds, peak_resident_bytes())
+
+
+def _is_of(final: Path, digest: str) -> bool:
+    """Whether the checkpoint there was made of this plan."""
+    custom = custom_metadata_of(final)
+    made = custom.get("ckptc") if custom else None
+    return isinstance(made, dict) and made.get("plan") == digest
 
 
 class _Work:
@@ -110,53 +144,87 @@ class _Work:
     def __init__(self, plan: Plan, directory: Path, files: list[SourceFile], unfinished: Unfinished, jobs: int) -> None:
         self.plan, self.directory, self.files, self.unfinished = plan, directory, files, unfinished
         self.specs = [ArraySpec(a.path, a.shape, a.dtype, a.chunk, a.shards) for a in plan.arrays]
+        self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self.units = forwards(plan)
         self.todo = [n for n in range(len(self.units)) if n not in unfinished.done]
         fitting = max(1, plan.choices.memory // max(1, plan.totals.peak_memory_bytes))
         self.jobs = max(1, min(jobs, fitting, len(self.todo)))
         self.writers = max([self.jobs, *(k + 1 for k in unfinished.writers)])
         self.shared = Shared(self.jobs)
-        self.resumed = sum(e.length for state in unfinished.writers.values() for e in state.entries)
+        self.resumed = sum(self._size(n) for n in unfinished.done)
         self.made = 0
+
+    def _size(self, number: int) -> int:
+        """Bytes of the arrays that a unit makes."""
+        unit = self.units[number]
+        return prod(high - low for low, high in unit.box) * itemsize(self.plan.arrays[unit.array].dtype)
+
+    @property
+    def to_write(self) -> int:
+        """Bytes that the disk must still take: chunks are stored whole, and the index names each of them twice."""
+        stored = sum(prod(a.chunk) * itemsize(a.dtype) * prod(g) for a, g in zip(self.plan.arrays, self.grids, strict=True))
+        kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
+        return stored - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
     def execute(self, on_progress: Callable[[Progress], None]) -> None:
         """Makes every unit that is not done, and closes every writer, those of earlier runs included."""
         total = self.plan.totals.write_bytes
 
         def watch() -> None:
-            unit = self.units[self.todo[min(self.shared.unit, len(self.todo) - 1)]] if self.todo else self.units[-1]
+            unit = self.units[self.todo[min(self.shared.unit, len(self.todo) - 1)] if self.todo else -1]
             name = self.plan.arrays[unit.array].name
             on_progress(Progress(self.resumed + self.shared.written, total, name))
 
-        run_workers(self.jobs, self._worker, watch)
-        for k in range(self.jobs, self.writers):
-            state = self.unfinished.writers.get(k)
-            if state:
-                ItemsWriter(self.unfinished.directory, self.specs, process=k, resume=state).close()
+        if self.todo:
+            run_workers(self.jobs, self._worker, watch, self.shared)
+        for k, state in self.unfinished.writers.items():
+            if k >= self.jobs or not self.todo:
+                ItemsWriter(self.unfinished.checkpoint, self.specs, process=k, resume=state).close()
         self.made = self.resumed + self.shared.written
 
-    def _worker(self, k: int) -> None:
-        directory, state = self.unfinished.directory, self.unfinished.writers.get(k)
-        writer = ItemsWriter(directory, self.specs, process=k, resume=state)
-        entries: list[Entry] = []
-        written = 0
+    def _worker(self, k: int, tick: Callable[[], None]) -> None:
+        try:
+            self._make_units(k, tick)
+        except OSError as error:  # not of reading, which says so itself
+            raise output_error(self.unfinished.output, error) from None
+        except MemoryError:
+            raise fail(
+                "out-of-memory",
+                "the system has no more memory for this run's buffers",
+                help="use fewer --jobs, or a plan with less --memory",
+            ) from None
+
+    def _make_units(self, k: int, tick: Callable[[], None]) -> None:
+        writer = ItemsWriter(
+            self.unfinished.checkpoint, self.specs, process=k, resume=self.unfinished.writers.get(k)
+        )
+        summer = checksum.Summer()
+        done = _Done()
 
         def sink(array: int, index: tuple[int, ...], chunk: npt.NDArray[Any]) -> None:
-            entries.append(writer.write_chunk(array, index, chunk))
+            done.sum += summer.chunk(checksum.cell_of(index, self.grids[array]), chunk)
+            done.entries.append(writer.write_chunk(array, index, chunk))
 
-        with (
-            RangeReader(self.directory, self.files) as reader,
-            Journal(directory, k, writer, state is not None) as journal,
-        ):
+        written = 0
+        with RangeReader(self.directory, self.files) as reader, Journal(self.unfinished, k, writer) as journal:
             worker = Worker(self.plan, reader, sink)
             while (position := self.shared.take()) < len(self.todo):
                 unit = self.units[self.todo[position]]
                 written += worker.make(unit.array, unit.box)
-                journal.add(self.todo[position], entries)
-                entries.clear()
+                journal.add(self.todo[position], unit.array, done.entries, done.sum)
+                done = _Done()
                 self.shared.note(k, position, written, reader.bytes_read)
-            journal.flush()
-        writer.close()
+                tick()
+        if not self.shared.stopped:
+            writer.close()
+
+
+@dataclass
+class _Done:
+    """What has been written of a unit."""
+
+    entries: list[Entry] = field(default_factory=list)
+    sum: int = 0
 
 
 def find_source(plan: Plan, source: Path | None) -> Path:
@@ -180,12 +248,15 @@ def find_source(plan: Plan, source: Path | None) -> Path:
     return found
 
 
-def custom_metadata(plan: Plan, digest: str) -> dict[str, Any]:
-    """What Orbax keeps with the checkpoint: MaxText's own key, and what made it."""
+def custom_metadata(plan: Plan, digest: str, sums: dict[int, int]) -> dict[str, Any]:
+    """What Orbax keeps with the checkpoint: MaxText's own key, what made it, and each array's checksum."""
+    sealed = {
+        a.name: checksum.seal(sums.get(n, 0), a.shape, a.dtype, a.chunk) for n, a in enumerate(plan.arrays)
+    }
     return {
         "scan_layers": plan.choices.layout == "scanned",
         "ckptc": {
             "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family, "mapping": plan.made.mapping,
-            "source": plan.made.source, "plan": digest,
+            "source": plan.made.source, "plan": digest, "checksum": checksum.NAME, "checksums": sealed,
         },
     }  # fmt: skip

@@ -1,0 +1,50 @@
+"""Records of an Orbax checkpoint, as its metadata states it. Pure data: `ckptc.io` reads them, `ckptc.compile` uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from ckptc.ir.source import SourceFile
+from ckptc.ops.types import itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class SavedArray:
+    """One array of the tree that was saved."""
+
+    path: tuple[str, ...]  # keys as saved, list positions as digits
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]  # what is read and decoded as one; the last along an axis may reach beyond the array
+
+    @property
+    def name(self) -> str:
+        """The path joined with slashes."""
+        return "/".join(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What compile knows of an Orbax checkpoint."""
+
+    files: tuple[SourceFile, ...]  # metadata files; the digest is that of all of the file
+    arrays: tuple[SavedArray, ...]  # in the order of their paths
+    optimizer: int  # how many arrays of optimizer state there are besides
+    custom: Mapping[str, Any] = field(default_factory=dict)  # `custom_metadata`, such as MaxText's `scan_layers`
+    place: str = ""  # of the items below the directory that was given: `3/items`
+
+
+@dataclass(frozen=True)
+class Original:
+    """The checkpoint on the Hub that a model began as, as far as it is at hand."""
+
+    config: Mapping[str, Any]
+    dtypes: Mapping[str, str] | None  # of its tensors by name; None where neither headers nor an index are at hand
+    companions: tuple[SourceFile, ...]  # tokenizer and generation files; the digest is that of all of the file
