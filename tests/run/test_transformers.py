@@ -90,10 +90,10 @@ def leaf(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def test_save_pretrained_wrote_several_shards(saved: tuple[str, State, Path]) -> None:
-    _, state, source = saved
+    name, state, source = saved
     checkpoint = open_checkpoint(source)
     assert len(checkpoint.files) > 2
-    assert set(checkpoint.tensors) == set(state) - {"lm_head.weight"} | (set(state) & set(checkpoint.tensors))
+    assert set(state) - set(checkpoint.tensors) == ({"lm_head.weight"} if name == "gemma2-2b" else set())  # tied
 
 
 @pytest.mark.parametrize("layout", ["scanned", "unscanned"])
@@ -101,8 +101,7 @@ def test_restored_arrays_are_the_models_own(saved: tuple[str, State, Path], layo
     name, state, source = saved
     arrays = converted(name, source, layout, tmp_path)
     expected = {"qwen3-8b": expected_qwen3, "gemma2-2b": expected_gemma2}[name](state, layout == "scanned")
-    kinds = {path.rpartition("layers")[2].partition("/")[2] for path in tree(name, "scan")}
-    assert {path.rpartition("layers")[2].partition("/")[2] for path in expected} == kinds  # one of each kind at least
+    assert set(arrays) == set(expected)
     for path, values in expected.items():
         found = torch.from_numpy(arrays[path].astype(np.float32)).to(values.dtype)
         assert arrays[path].dtype.name == str(values.dtype).removeprefix("torch."), path
@@ -114,7 +113,8 @@ def test_restored_arrays_are_the_models_own(saved: tuple[str, State, Path], layo
 def test_paths_are_the_full_size_models(saved: tuple[str, State, Path], layout: str) -> None:
     name, _, source = saved
     found = {a.name: len(a.shape) for a in compiled(name, source, layout).arrays}
-    full = {path: len(shape) for path, (shape, _) in tree(name, {"scanned": "scan", "unscanned": "unscan"}[layout]).items()}
+    short = {"scanned": "scan", "unscanned": "unscan"}[layout]
+    full = {path: len(shape) for path, (shape, _) in tree(name, short).items()}
     small = LAYERS if name == "qwen3-8b" else LAYERS // 2
     deep = {f"layers_{i}" for i in range(small, 100)}  # layers that the small model does not have
     assert found == {path: rank for path, rank in full.items() if not deep & set(path.split("/"))}
@@ -185,7 +185,7 @@ def expected_gemma2(state: State, scanned: bool) -> dict[str, Any]:
         return lambda i: source(name)(i).float() + 1
 
     kinds: dict[str, Callable[[int], Any]] = {
-        "self_attention_{}/query/kernel": lambda i: heads(scaled(source("self_attn.q_proj")(i), 1 / math.sqrt(24)), HEADS),
+        "self_attention_{}/query/kernel": lambda i: heads(scaled(source("self_attn.q_proj")(i), 24**-0.5), HEADS),
         "self_attention_{}/key/kernel": lambda i: heads(source("self_attn.k_proj")(i), KV_HEADS),
         "self_attention_{}/value/kernel": lambda i: heads(source("self_attn.v_proj")(i), KV_HEADS),
         "self_attention_{}/out/kernel": lambda i: source("self_attn.o_proj")(i).T.reshape(HEADS, HEAD_DIM, EMBED),

@@ -75,6 +75,32 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
 def execution(parser: argparse.ArgumentParser) -> None:
     """What a run needs besides a plan."""
     parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes: DIR/0/items")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="worker processes at most; fewer where the memory budget holds fewer units of work (default: the cores "
+        "that this process may use)",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="throw away what an unfinished run has left in the output (default: go on where it stopped)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace a checkpoint that is there, once the new one is complete"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="before the output appears, read all of it back and compare it with the source, bit by bit",
+    )
+    parser.add_argument(
+        "--check-source",
+        metavar="FILE|auto",
+        help="first compare the SHA-256 of every source file with this file, as `sha256sum` writes it, or with what the "
+        "Hub's client noted when it downloaded them (auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 

@@ -54,15 +54,19 @@ def compile_(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    path = Path(args.plan)
+    plan, text = read_plan(Path(args.plan))
+    _execute(plan, text, args, Path(args.source) if args.source else None)
+
+
+def read_plan(path: Path) -> tuple[Plan, bytes]:
+    """A plan and its text. Raises `unreadable-plan`, and what `plan.json.loads` raises."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise fail(
             "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o PLAN` writes plans"
         ) from None
-    plan = plan_json.loads(text, str(path))
-    _execute(plan, text, args, Path(args.source) if args.source else None)
+    return plan_json.loads(text, str(path)), text
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -96,18 +100,30 @@ def _find(args: argparse.Namespace) -> tuple[Mapping, Model]:
 
 
 def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Path | None) -> None:
+    from ckptc.cli import verify
+    from ckptc.run.runner import Settings
     from ckptc.run.runner import run as run_plan
 
     digest: str = json.loads(text)["digest"]
+    settings = Settings(args.jobs or len(os.sched_getaffinity(0)), args.restart, args.force, args.check_source)
+    verified = []
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        report = run_plan(plan, digest, Path(args.output), source, on_progress=on_progress)
+
+        def check(step: Path) -> None:
+            verified.append(verify.against_source(plan, step, source, args.mapping, on_progress))
+
+        before_commit = check if args.verify else lambda step: None
+        report = run_plan(plan, digest, Path(args.output), source, on_progress, settings, before_commit)
     record: dict[str, Any] = {
         **asdict(report),
         "model": plan.made.model,
         "arrays": plan.totals.arrays,
         "plan": digest,
+        "verified": bool(verified),
     }
     print(json.dumps(record) if args.json else render.report(plan, report))
+    if verified and not args.json:
+        print(verify.line(verified[0], "source"))
 
 
 def _write_plan(path: Path, text: str, force: bool) -> None:

@@ -29,6 +29,7 @@ examples:
   ckptc compile --model gemma2-2b --source DIR -o plan.json
   ckptc run plan.json --output OUT                    exactly that, into OUT/0/items
   ckptc convert --model gemma2-2b --source DIR --output OUT
+  ckptc verify plan.json --output OUT                 each bit, against the source
 
 exit codes: 0 done; 1 the input is at fault; 2 usage or internal error"""
 
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the checkpoint's directory (default: where this machine last compiled it from)",
     )
+    run.add_argument("--mapping", metavar="FILE", help="for --verify: the plan's mapping, if it is not a shipped one")
     arguments.execution(run)
 
     convert = commands.add_parser(
@@ -84,6 +86,21 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.compilation(convert, source_required=True)
     arguments.execution(convert)
+
+    verify = commands.add_parser(
+        "verify",
+        help="read a checkpoint back and compare",
+        description="With a plan, every array is compared, bit by bit, with what its source gives by the mapping's ops, "
+        "taken one after the other. With a directory, with the checksums that were noted when it was written.",
+    )
+    verify.add_argument("target", metavar="PLAN|DIR", help="a plan, or the output of a run")
+    verify.add_argument("--output", metavar="DIR", help="with a plan: the checkpoint, as `ckptc run` was given it")
+    verify.add_argument(
+        "--source", metavar="DIR", help="with a plan: its source (default: where this machine last compiled it from)"
+    )
+    verify.add_argument("--mapping", metavar="FILE", help="with a plan: its mapping, if it is not a shipped one")
+    verify.add_argument("--json", action="store_true", help="print what was verified as JSON")
+    verify.add_argument("--quiet", action="store_true", help="show no progress")
     return top
 
 
@@ -97,13 +114,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args = parser().parse_args(argv)
-            from ckptc.cli import commands
+            from ckptc.cli import commands, verify
 
             handler = {
                 "models": commands.models,
                 "compile": commands.compile_,
                 "run": commands.run,
                 "convert": commands.convert,
+                "verify": verify.verify,
             }[args.command]
             handler(args)
         finally:

@@ -7,7 +7,7 @@ The graph is verified when it is made; every check runs, and all that they find 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping as MappingOf
+from collections.abc import Callable, Iterator, Mapping as MappingOf
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +54,10 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
     config = checkpoint.config if checkpoint and checkpoint.config else model.config
     dims = evaluate_dims(mapping, model, config, options.set)
     names = {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}
-    _supported(mapping, model, options, names)
+    supported(mapping, model, options, names)
     tensors = checkpoint.tensors if checkpoint else None
-    naming, graph = _expand(mapping, options, dims, names, tensors)
+    dtypes = {name: t.dtype for name, t in tensors.items()} if tensors is not None else None
+    naming, graph = expand_namings(mapping, options, dims, names, dtypes)
     compiled = Compiled(graph, fold(graph), tensors)
     problems = [d for step in CHECKS for d in step(compiled)]
     if problems:
@@ -73,7 +74,8 @@ def layouts(mapping: Mapping, model: Model) -> tuple[str, ...]:
     return tuple(name for name in LAYOUTS if name not in absent)
 
 
-def _supported(mapping: Mapping, model: Model, options: Options, names: dict[str, Any]) -> None:
+def supported(mapping: Mapping, model: Model, options: Options, names: dict[str, Any]) -> None:
+    """Raises `unsupported-layout` or `no-towers` for options that the target does not have for this model."""
     scope = Scope(mapping.document, names)
     for entry in mapping.unsupported:
         if entry.layout == options.layout and scope.holds(entry.when, names, entry.where):
@@ -87,24 +89,33 @@ def _supported(mapping: Mapping, model: Model, options: Options, names: dict[str
         raise fail("no-towers", f"{model.name} has no vision or audio towers", help="leave out --multimodal")
 
 
-def _expand(
-    mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: dict[str, Any], tensors: Tensors | None
+def expand_namings(
+    mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: dict[str, Any], dtypes: MappingOf[str, str] | None
 ) -> tuple[str, Graph]:
-    """Expands under each of the mapping's namings; the headers decide which one the checkpoint has."""
-    default = str(names["config"].get("torch_dtype") or names["config"].get("dtype") or "bfloat16")
-    default = default if default in ("bfloat16", "float16", "float32") else "bfloat16"
+    """Expands under each of the mapping's namings; the names the checkpoint has decide which one it is.
 
-    def stored(name: str) -> str:
-        known = tensors.get(name) if tensors is not None else None
-        return known.dtype if known else default
-
+    `dtypes`: of the checkpoint's tensors, by name. Without one, the first naming and the config's dtype are taken.
+    """
     best: tuple[int, str, Graph] | None = None
-    for naming, values in mapping.sources.items():
-        graph = verify(expand(mapping, options, dims, {**names, **values}, stored), "expand")
-        absent = missing(graph, tensors) if tensors is not None else 0
+    for naming, graph in all_namings(mapping, options, dims, names, dtypes):
+        absent = missing(graph, dtypes) if dtypes is not None else 0
         if best is None or absent < best[0]:
             best = (absent, naming, graph)
         if absent == 0:
             break
     assert best is not None
     return best[1], best[2]
+
+
+def all_namings(
+    mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: dict[str, Any], dtypes: MappingOf[str, str] | None
+) -> Iterator[tuple[str, Graph]]:
+    """The graph under each of the mapping's namings, in their order."""
+    default = str(names["config"].get("torch_dtype") or names["config"].get("dtype") or "bfloat16")
+    default = default if default in ("bfloat16", "float16", "float32") else "bfloat16"
+
+    def stored(name: str) -> str:
+        return dtypes.get(name, default) if dtypes is not None else default
+
+    for naming, values in mapping.sources.items():
+        yield naming, verify(expand(mapping, options, dims, {**names, **values}, stored), "expand")

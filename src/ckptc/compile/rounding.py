@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,7 +46,7 @@ class _Format:
 
 
 def _format(dtype: str) -> _Format:
-    info = ml_dtypes.finfo(numpy_dtype(dtype))
+    info: Any = ml_dtypes.finfo(numpy_dtype(dtype))  # type: ignore[no-untyped-call]
     return _Format(int(info.nmant) + 1, int(info.minexp), float(np.float64(info.smallest_subnormal)) / 2)
 
 

@@ -58,11 +58,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     weight_map: Mapping[str, str] | None = None
     names: list[str] = []
     try:
-        config = _read_json(directory, CONFIG, "config") or {}
+        config = read_config(directory) or {}
     except InputError as error:
         problems += error.diagnostics
     try:
-        weight_map = _read_index(directory)
+        weight_map = read_index(directory)
         names = (
             _find_files(directory, entries, problems)
             if weight_map is None
@@ -127,7 +127,12 @@ def _read_json(directory: Path, name: str, kind: str) -> dict[str, Any] | None:
     return strict_json(data, name, kind, span_file=str(path))
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """The object in config.json, None when there is no such file."""
+    return _read_json(directory, CONFIG, "config")
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
     """The index's `weight_map`, tensor name to file name; None when there is no index.
 
     Raises `index-invalid` for any other shape. The file names are judged when they are opened.

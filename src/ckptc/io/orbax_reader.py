@@ -16,12 +16,13 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from ckptc.diagnostics import InputError, fail
+from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.io.reader import header_digest, open_regular, pread, refuse, resolve, shown
 from ckptc.ir.saved import Saved, SavedArray
 from ckptc.ir.source import SourceFile
@@ -102,7 +103,7 @@ def open_saved(given: Path) -> tuple[Saved, Path]:
 
 def check_saved(items: Path, files: Sequence[SourceFile]) -> None:
     """Raises `source-changed` unless every metadata file is what it was."""
-    problems = []
+    problems: list[Diagnostic] = []
     for file in files:
         now = _identity(items, file.name)
         if now != file:
@@ -249,24 +250,22 @@ class ArrayReader:
             if len(self._open) > OPEN_MOST:
                 self._open.popitem(last=False)
         array = self._open[path]
-        target = self._ts.array(out, copy=False, write=True)
-        size = out.itemsize
-        for c in chunk:
-            size *= c
-        most = max(1, in_flight // max(1, 2 * size))  # a chunk is held as stored and as decoded
+        target, origin = self._ts.array(out, copy=False, write=True), self._ts.d[:].translate_to[0]
+        most = max(1, in_flight // max(1, 2 * prod(chunk) * out.itemsize))  # a chunk is held as stored and as decoded
         pending: deque[Any] = deque()
-        for index, place in _pieces(axes, chunk, array.shape):
+        for index, place in _pieces(axes, chunk):
             if len(pending) >= most:
                 self._result(path, pending.popleft())
-            source = array[index]
-            pending.append(target[place].write(source[tuple(self._ts.d[i].translate_to[0] for i in ())] if False else source))
-            self.bytes_read += size
+            pending.append(target[place][origin].write(array[index][origin]))
+            self.bytes_read += out.itemsize * prod(
+                min(c, n - i.start // c * c) for i, c, n in zip(index, chunk, array.shape, strict=True)
+            )
         while pending:
             self._result(path, pending.popleft())
 
 
 def _pieces(
-    axes: Sequence[tuple[int, int, int]], chunk: Sequence[int], shape: Sequence[int]
+    axes: Sequence[tuple[int, int, int]], chunk: Sequence[int]
 ) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """A box cut where chunks begin: where each piece is in the array, and where it goes."""
     cuts = []

@@ -16,7 +16,8 @@ from jsonschema.exceptions import best_match
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.ops.nest import AxisMap, Factor, Part
-from ckptc.plan.model import FORMAT, Array, Choices, Decode, File, LeftOut, Made, Plan, Source, Tensor, Totals
+from ckptc.plan.export_json import decode_outputs, encode_exactness, encode_outputs
+from ckptc.plan.model import FORMAT, Array, Choices, Decode, Exactness, File, LeftOut, Made, Plan, Source, Tensor, Totals
 from ckptc.spec.resources import schema
 
 MAX_BYTES = 1 << 30
@@ -48,10 +49,13 @@ def digest(body: dict[str, Any]) -> str:
 
 def encode(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values, in a fixed order of keys."""
+    made = _record(plan.made)
+    if plan.made.kind == "import":
+        del made["kind"]
     return {
         "format": FORMAT,
         "digest": "",
-        "made": _record(plan.made),
+        "made": made,
         "choices": {**_record(plan.choices), "dims": dict(plan.choices.dims)},
         "totals": _record(plan.totals),
         "left_out": [_record(x) for x in plan.left_out],
@@ -59,6 +63,7 @@ def encode(plan: Plan) -> dict[str, Any]:
         "arrays": [_array(x) for x in plan.arrays],
         # A row a tensor: name, file, begin, end. There are tens of thousands.
         "tensors": [[t.name, t.file, t.begin, t.end] for t in plan.tensors],
+        **({"outputs": encode_outputs(plan.outputs, _array)} if plan.outputs else {}),
     }
 
 
@@ -75,6 +80,10 @@ def _array(array: Array) -> dict[str, Any]:
         for s in array.sources
     ]
     record["parts"] = [_part(p) for p in array.parts]
+    if array.exactness is None:
+        del record["exactness"]
+    else:
+        record["exactness"] = encode_exactness(array.exactness)
     return record
 
 
@@ -173,10 +182,18 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
             lists.append(source["tensors"])
             source = {**source, "tensors": [0] * min(1, len(source["tensors"]))}
         short.append(source)
+    parts = array.get("parts")
+    if isinstance(parts, list):
+        array = {**array, "parts": [_without_base(p) for p in parts]}
     path = array.get("path")
     if isinstance(path, str) and all(path.split("/")):
         path = "checked"
     return {**array, "path": path, "sources": short}
+
+
+def _without_base(part: Any) -> Any:
+    """Tensors of a stack differ in where they begin."""
+    return {**part, "base": 0} if isinstance(part, dict) and type(part.get("base")) is int and part["base"] > 0 else part
 
 
 @cache
@@ -195,6 +212,7 @@ def decode(body: dict[str, Any]) -> Plan:
             arrays=tuple(_decode_array(a) for a in body["arrays"]),
             left_out=tuple(LeftOut(**x) for x in body["left_out"]),
             totals=Totals(**body["totals"]),
+            outputs=decode_outputs(body["outputs"], _decode_array, len(body["arrays"])) if "outputs" in body else None,
         )
     except (TypeError, KeyError, ValueError) as error:
         raise fail("invalid-plan", f"not a plan: {error}") from None
@@ -206,6 +224,7 @@ def _decode_array(a: dict[str, Any]) -> Array:
         path=tuple(a["path"].split("/")), shape=tuple(a["shape"]), dtype=a["dtype"], chunk=tuple(a["chunk"]), unit=tuple(a["unit"]),
         shards=tuple(a["shards"]), axes=tuple(a["axes"]), rule=a["rule"], ops=tuple(a["ops"]),
         sources=tuple(_decode_source(s) for s in a["sources"]), parts=tuple(_decode_part(p) for p in a["parts"]),
+        exactness=Exactness(*a["exactness"]) if "exactness" in a else None,
     )  # fmt: skip
 
 

@@ -111,3 +111,8 @@ def index(files: Sequence[OutputFile], arrays: Sequence[Array]) -> str:
     where = {arrays[f.first + k].name: f.name for f in files for k in range(len(f.begins))}
     total = {"total_parameters": sum(a.size for a in arrays), "total_size": sum(a.nbytes for a in arrays)}
     return json.dumps({"metadata": total, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """The text of config.json."""
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -6,11 +6,12 @@ A part of an exported tensor steps through a stored array by elements, row-major
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
-from ckptc.ops.nest import AxisMap, Factor, Part
+from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
+from ckptc.plan.model import Array, Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,22 @@ def _join(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, i
     high = max(start + stride * (count - 1) for start, stride, count in (a, b))
     stride = gcd(abs(a[0] - b[0]), *(s for _, s, count in (a, b) if count > 1)) or 1
     return low, stride, (high - low) // stride + 1
+
+
+def needs(arrays: Sequence[Array], box: Box, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[int, Region]]:
+    """What the same box of each of some alike arrays needs of each source: its position among theirs, and the region for all of them.
+
+    The arrays differ in their parts' bases alone; `shapes` are those of their sources.
+    """
+    found: dict[int, list[Region]] = {}
+    for number, part in enumerate(arrays[0].parts):
+        source = part.source or 0
+        for inside in restrict_part(part, box):
+            for array in arrays:
+                moved = replace(inside, base=inside.base - part.base + array.parts[number].base)
+                found.setdefault(source, []).append(region(moved, shapes[source]))
+    for source, regions in sorted(found.items()):
+        yield source, union(regions)
 
 
 def within(part: Part, shape: Sequence[int], box: Region) -> Part:

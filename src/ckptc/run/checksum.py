@@ -14,8 +14,8 @@ bits of SHA-256. What it misses with a chance of at most about 2^-30 each: any o
 weights in view, such as chunks or rows in each other's place, a stretch of zeros, a shifted, missing or repeated chunk.
 What it is not: a defence against someone who wants another array with the same checksum.
 
-Speed: three passes over a block that stays in the core's second cache, 5 to 6 GB/s of one core, where zlib's crc32 gives
-2 to 4, and SHA-1 or BLAKE2 less than 1.
+Speed: three passes over a block that stays in the core's second cache, 5 to 6 GB/s of one core, where zlib's crc32
+gives 2 to 4, and SHA-1 or BLAKE2 less than 1.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def open_unfinished(output: Path, final: Path, plan_digest: str, restart: bool =
 
 
 def _lock(output: Path) -> int:
-    """The lock's descriptor. A run that ends removes the file, so what is locked must still be the file of that name."""
+    """The lock's descriptor. A run that ends removes the file: what is locked must still be the file of that name."""
     path = output / LOCK
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -109,6 +109,8 @@ class Kernel:
         for step, operand in math:
             if step == "scale":
                 np.multiply(values, np.float32(operand), out=values)
+            elif step == "unscale":
+                np.divide(values, np.float32(operand), out=values)
             elif step == "add":
                 np.add(values, np.float32(operand), out=values)
             else:

@@ -59,16 +59,16 @@ class Shared:
 
     @property
     def written(self) -> int:
-        return sum(self._written)
+        return int(sum(self._written))
 
     @property
     def read(self) -> int:
-        return sum(self._read)
+        return int(sum(self._read))
 
     @property
     def unit(self) -> int:
         """The unit furthest along."""
-        return max(self._unit)
+        return int(max(self._unit))
 
 
 Body = Callable[[int, Callable[[], None]], None]  # of a worker's number, and what it calls after each unit
@@ -131,7 +131,8 @@ def _end(running: dict[Connection, Any]) -> None:
         for pipe, process in running.items():
             while process.is_alive() and time.monotonic() < deadline:
                 wait([process.sentinel, pipe], timeout=POLL)
-                _hear(pipe) if pipe.poll() else None
+                if pipe.poll():
+                    _hear(pipe)
     finally:
         for pipe, process in running.items():
             process.kill()

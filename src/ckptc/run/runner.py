@@ -22,7 +22,7 @@ from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
-from ckptc.run.journal import Journal, Unfinished, UNFINISHED, open_unfinished, output_error, read_sums, replace
+from ckptc.run.journal import UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums, replace
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.order import forwards
 from ckptc.run.pool import Shared, run_workers
@@ -78,8 +78,8 @@ def run(
     plan's. `before_commit` is given the directory of the finished checkpoint; when it raises, that stays unfinished.
 
     Raises InputError: `abstract-plan`, `unknown-source`, `output-exists`, what `ckptc.run.preflight` and
-    `open_unfinished` raise, what reading files may raise, `worker-died`, and `disk-full` or `unwritable-output` when the
-    system refuses to write.
+    `open_unfinished` raise, what reading files may raise, `worker-died`, `out-of-memory`, and `disk-full` or
+    `unwritable-output` when the system refuses to write.
     """
     started, wall = time.perf_counter(), time.time_ns()
     settings = settings or Settings(jobs=1)
@@ -162,7 +162,9 @@ class _Work:
     @property
     def to_write(self) -> int:
         """Bytes that the disk must still take: chunks are stored whole, and the index names each of them twice."""
-        stored = sum(prod(a.chunk) * itemsize(a.dtype) * prod(g) for a, g in zip(self.plan.arrays, self.grids, strict=True))
+        stored = sum(
+            prod(a.chunk) * itemsize(a.dtype) * prod(g) for a, g in zip(self.plan.arrays, self.grids, strict=True)
+        )
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
         return stored - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
@@ -195,9 +197,7 @@ class _Work:
             ) from None
 
     def _make_units(self, k: int, tick: Callable[[], None]) -> None:
-        writer = ItemsWriter(
-            self.unfinished.checkpoint, self.specs, process=k, resume=self.unfinished.writers.get(k)
-        )
+        writer = ItemsWriter(self.unfinished.checkpoint, self.specs, process=k, resume=self.unfinished.writers.get(k))
         summer = checksum.Summer()
         done = _Done()
 
@@ -250,13 +250,11 @@ def find_source(plan: Plan, source: Path | None) -> Path:
 
 def custom_metadata(plan: Plan, digest: str, sums: dict[int, int]) -> dict[str, Any]:
     """What Orbax keeps with the checkpoint: MaxText's own key, what made it, and each array's checksum."""
-    sealed = {
-        a.name: checksum.seal(sums.get(n, 0), a.shape, a.dtype, a.chunk) for n, a in enumerate(plan.arrays)
-    }
+    sealed = {a.name: checksum.seal(sums.get(n, 0), a.shape, a.dtype, a.chunk) for n, a in enumerate(plan.arrays)}
     return {
         "scan_layers": plan.choices.layout == "scanned",
         "ckptc": {
-            "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family, "mapping": plan.made.mapping,
-            "source": plan.made.source, "plan": digest, "checksum": checksum.NAME, "checksums": sealed,
+            "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family,
+            "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest, "checksum": checksum.NAME, "checksums": sealed,
         },
     }  # fmt: skip

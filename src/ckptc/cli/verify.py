@@ -1,0 +1,90 @@
+"""`ckptc verify`: a checkpoint against its source, or against the checksums noted while it was written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptc.cli import render
+from ckptc.cli.progress import show_progress
+from ckptc.diagnostics import fail
+from ckptc.plan.model import Plan
+
+if TYPE_CHECKING:
+    from ckptc.run.runner import Progress
+    from ckptc.run.verify import Verified
+
+
+def verify(args: argparse.Namespace) -> None:
+    from ckptc.io.restored import find_step
+
+    target = Path(args.target)
+    with show_progress(enabled=not args.quiet and not args.json) as on_progress:
+        if target.is_dir():
+            _refuse_options(args)
+            verified, against = _sums(find_step(target), on_progress), "checksums"
+        else:
+            from ckptc.cli.commands import read_plan
+
+            plan, _ = read_plan(target)
+            if args.output is None:
+                raise fail(
+                    "no-output",
+                    "the checkpoint to verify is not named",
+                    help=f"`ckptc verify {target} --output DIR`, with the directory that `ckptc run` was given",
+                )
+            step = find_step(Path(args.output))
+            source = Path(args.source) if args.source else None
+            verified, against = against_source(plan, step, source, args.mapping, on_progress), "source"
+    record = {"arrays": verified.arrays, "bytes": verified.bytes, "against": against}
+    print(json.dumps(record) if args.json else line(verified, against))
+
+
+def line(verified: Verified, against: str) -> str:
+    """What was found, for people."""
+    right = "each bit is what the source gives" if against == "source" else "each has the checksum it was written with"
+    return f"verified {verified.arrays} arrays, {render.size(verified.bytes)}: {right}"
+
+
+def against_source(
+    plan: Plan, step: Path, source: Path | None, mapping: str | None, on_progress: Callable[[Progress], None]
+) -> Verified:
+    """Compares the checkpoint in `step` with the plan's source, through ops of the plan's mapping (`mapping`: its file,
+    where it is not a shipped one). Raises InputError for what differs, and for a mapping or source that is another one.
+    """
+    from ckptc.compile.again import graph_again
+    from ckptc.io.checkpoint import open_checkpoint
+    from ckptc.ir.source import SourceFile
+    from ckptc.run.preflight import check_source
+    from ckptc.run.runner import Progress, find_source
+    from ckptc.run.verify import compare
+    from ckptc.spec.mapping import find_model, load_mapping
+
+    if plan.made.kind != "import":
+        raise fail("not-verified", "only conversions to Orbax are verified against their source")
+    directory = find_source(plan, source)
+    check_source(plan, directory, [SourceFile(f.name, f.size, f.header) for f in plan.files])
+    mappings = (load_mapping(Path(mapping)),) if mapping else None
+    graph = graph_again(plan, *find_model(plan.made.model, mappings), open_checkpoint(directory))
+    names = [f.name for f in plan.files]
+    return compare(graph, names, directory, step, lambda done, total, name: on_progress(Progress(done, total, name)))
+
+
+def _sums(step: Path, on_progress: Callable[[Progress], None]) -> Verified:
+    from ckptc.run.runner import Progress
+    from ckptc.run.verify import check_sums
+
+    return check_sums(step, lambda done, total, name: on_progress(Progress(done, total, name)))
+
+
+def _refuse_options(args: argparse.Namespace) -> None:
+    given = [option for option in ("output", "source", "mapping") if getattr(args, option) is not None]
+    if given:
+        raise fail(
+            "unused-option",
+            f"--{given[0]} goes with a plan, and {args.target} is a directory",
+            help="`ckptc verify PLAN --output DIR` compares with the source; `ckptc verify DIR` checks the checksums",
+        )

@@ -1,0 +1,99 @@
+"""config: the config.json beside exported tensors: the original's, but for what the tensors no longer are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping as MappingOf
+from typing import Any
+
+from ckptc.spec.mapping import Mapping
+
+QUANTIZATION = ("quantization_config", "compression_config")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def adapt(
+    config: MappingOf[str, Any],
+    mapping: Mapping,
+    dims: MappingOf[str, Any],
+    cut: MappingOf[str, tuple[int, int]],
+    dtype: str,
+    whole: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """The config, and what was changed, for people.
+
+    `cut`: dims of which tensors have less than the original: (was, is). `dtype`: of most tensors. `whole`: whether `config` is an
+    original's; else it is the numbers that a mapping ships.
+    """
+    out, notes = _without(config)
+    if notes:
+        notes = ["the tensors are plain numbers: config.json is written without " + " and ".join(f"`{n}`" for n in notes)]
+    for name, (was, now) in cut.items():
+        path = config_path(mapping, dims, config, name)
+        if path is not None and _at(out, path) in (was, None):
+            _set(out, path, now)
+            notes.append(f"config.json says {'.'.join(path)}={now}, the rows there are; the original had {was}")
+        else:
+            notes.append(f"the config must say that `{name}` is {now}, no longer {was}")
+    keys = [k for k in DTYPE_KEYS if isinstance(out.get(k), str)] or (DTYPE_KEYS[:1] if not whole else [])
+    if not any(isinstance(config.get(k), str) for k in DTYPE_KEYS) and whole:
+        keys = []
+    for key in keys:
+        if key in out and out[key] != dtype:
+            notes.append(f"config.json says {key}={dtype}; the original had {out[key]}")
+        out[key] = dtype
+    if not whole:
+        notes.append("config.json holds the model's numbers alone; `--config-from ORIGINAL` writes all of the original's")
+    return out, notes
+
+
+def _without(config: MappingOf[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy without the entries on quantisation, at any depth, and their names."""
+    out: dict[str, Any] = {}
+    found = []
+    for key, value in config.items():
+        if key in QUANTIZATION:
+            found.append(key)
+        elif isinstance(value, MappingOf):
+            out[key], inner = _without(value)
+            found += inner
+        else:
+            out[key] = value
+    return out, list(dict.fromkeys(found))
+
+
+def config_path(
+    mapping: Mapping, dims: MappingOf[str, Any], config: MappingOf[str, Any], name: str
+) -> tuple[str, ...] | None:
+    """Where in the config a dim's number stands: `config.text_config.vocab_size`, or a key of a dim that is a section."""
+    match = re.match(r"\s*(\w+)((?:\.\w+)+)\s*(?:\||$)", str(mapping.dims.get(name, "")))
+    if match is None:
+        return None
+    keys = tuple(match[2].split(".")[1:])
+    if match[1] == "config":
+        return keys
+    section = dims.get(match[1])
+    prefix = _find(config, section) if isinstance(section, MappingOf) else None
+    return None if prefix is None else (*prefix, *keys)
+
+
+def _find(config: MappingOf[str, Any], section: MappingOf[str, Any]) -> tuple[str, ...] | None:
+    if config is section:
+        return ()
+    for key, value in config.items():
+        if isinstance(value, MappingOf) and (inner := _find(value, section)) is not None:
+            return (key, *inner)
+    return None
+
+
+def _at(config: MappingOf[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, MappingOf) else None
+    return value
+
+
+def _set(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        config = config.setdefault(key, {})
+    config[path[-1]] = value

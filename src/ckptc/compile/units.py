@@ -1,0 +1,218 @@
+"""units: in which boxes exported tensors are made, and which tensors together, so that few chunks are decoded twice.
+
+Before: 26 tensors [mlp, embed] that lie in one array [embed, layer=26, mlp] of chunks [256, 26, mlp].
+After: batches of 26 tensors, units [mlp, 256]: each unit of a batch is one chunk, decoded once, from which 26 boxes are made.
+
+A chunk is decoded whole, however little of it is wanted. Two shapes of units are tried: slabs of whole rows, which are written in one
+piece, and boxes that cover whole chunks. Each is tried for one tensor at a time and for those that share chunks, grown as far as the
+budget goes, and the one that reads the least is taken; of equals the one that writes the longest pieces.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from ckptc.diagnostics import fail
+from ckptc.ops.nest import Part
+from ckptc.ops.types import itemsize
+from ckptc.plan.model import Array
+from ckptc.plan.regions import axis_of, needs, strides
+
+UNIT_MOST = 64 << 20  # bytes of buffers: larger reads gain nothing, unless a chunk is larger
+SAMPLE = 64  # tensors of a kind by which shapes of units are compared
+MIB = 1 << 20
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A saved array, as far as reading it goes."""
+
+    shape: Shape
+    dtype: str
+    chunk: Shape
+
+    @property
+    def chunk_bytes(self) -> int:
+        return prod(self.chunk) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    arrays: tuple[Array, ...]  # with their units
+    batches: tuple[tuple[int, ...], ...]  # positions in `arrays`; the arrays of a batch have one shape and one unit
+    read_bytes: int  # of decoded chunks, those decoded again included
+    peak: int  # bytes of buffers of the largest unit, and of one chunk as it is decoded
+
+
+def schedule(arrays: Sequence[Array], stored: Sequence[Stored], memory: int) -> Scheduled:
+    """Units and batches for arrays whose sources are positions in `stored`. Raises InputError `too-little-memory`."""
+    kinds: defaultdict[object, list[int]] = defaultdict(list)
+    for number, array in enumerate(arrays):
+        bare = tuple(replace(p, base=0) for p in array.parts)
+        kinds[array.shape, array.dtype, array.sources, bare].append(number)
+    done = list(arrays)
+    batches: list[tuple[int, ...]] = []
+    read = peak = 0
+    memo: dict[object, _Choice] = {}
+    for numbers in kinds.values():
+        members = [arrays[n] for n in numbers]
+        sources = tuple(stored[s.tensors[0]] for s in members[0].sources)
+        key = (members[0].shape, members[0].dtype, sources, tuple(a.parts for a in members))
+        if key not in memo:
+            memo[key] = _choose(members, sources, memory)
+        choice = memo[key]
+        read, peak = read + choice.read, max(peak, choice.peak)
+        for number in numbers:
+            done[number] = replace(arrays[number], unit=choice.unit, chunk=choice.unit)
+        batches += [tuple(numbers[i] for i in batch) for batch in choice.batches]
+    return Scheduled(tuple(done), tuple(batches), read, peak)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    unit: Shape
+    batches: tuple[tuple[int, ...], ...]  # positions among the members
+    read: int
+    peak: int
+
+
+def _choose(members: Sequence[Array], sources: Sequence[Stored], memory: int) -> _Choice:
+    first = members[0]
+    decoding = 2 * max(s.chunk_bytes for s in sources)  # a chunk as stored and as decoded
+    most = min(memory - decoding, max(UNIT_MOST, 2 * decoding))
+    order = _by_chunk(members, sources)
+    shared = _sharing(members, sources, order)
+    grains = [_grain(first.parts, axis, sources) for axis in range(len(first.shape))]
+    best: tuple[tuple[float, int, int], Shape, int] | None = None
+    least = None
+    for together in sorted({1, shared, *(n for n in (2 * shared, 4 * shared, 8 * shared, len(members)) if n <= len(members))}):
+        sample = _batches(order[: max(SAMPLE // together, 1) * together], together)
+        for start in ((1,) * len(first.shape), tuple(grains)):
+            unit = _fitted(members, sources, sample[0], start, grains, most)
+            needed = _memory(members, sources, sample[0], unit)
+            least = needed if least is None else min(least, needed)
+            if needed > most:
+                continue
+            each = sum(_read(members, sources, batch, unit) for batch in sample) / sum(map(len, sample))
+            key = (each, -_run(first.shape, unit), together)
+            if best is None or key < best[0]:
+                best = (key, unit, together)
+    if best is None:
+        enough = -(-(decoding + (least or 0)) // MIB) * MIB
+        raise fail(
+            "too-little-memory",
+            f"`{first.name}` is made of chunks of {decoding // 2} bytes, which must be held whole",
+            notes=(f"expected: --memory {enough // MIB}MiB or more", f"found:    --memory {memory // MIB}MiB"),
+            help=f"use --memory {enough // MIB}MiB",
+        )
+    _, unit, together = best
+    batches = _batches(order, together)
+    read = sum(_read(members, sources, batch, unit) for batch in batches)
+    peak = max(_memory(members, sources, batch, unit) for batch in batches) + decoding
+    return _Choice(unit, tuple(tuple(b) for b in batches), read, peak)
+
+
+def _by_chunk(members: Sequence[Array], sources: Sequence[Stored]) -> list[int]:
+    """The members in the order in which their chunks lie in the array."""
+
+    def key(number: int) -> tuple[Shape, int]:
+        part = members[number].parts[0]
+        return _chunk_of(part, sources), part.base
+
+    return sorted(range(len(members)), key=key)
+
+
+def _chunk_of(part: Part, sources: Sequence[Stored]) -> Shape:
+    stored, rest, out = sources[part.source or 0], part.base, []
+    for step, c in zip(strides(stored.shape), stored.chunk, strict=True):
+        at, rest = divmod(rest, step)
+        out.append(at // c)
+    return tuple(out)
+
+
+def _sharing(members: Sequence[Array], sources: Sequence[Stored], order: Sequence[int]) -> int:
+    """How many members begin in one chunk, at most."""
+    counts: defaultdict[Shape, int] = defaultdict(int)
+    for number in order:
+        counts[_chunk_of(members[number].parts[0], sources)] += 1
+    return max(counts.values())
+
+
+def _batches(order: Sequence[int], together: int) -> list[list[int]]:
+    return [list(order[i : i + together]) for i in range(0, len(order), together)]
+
+
+def _grain(parts: Sequence[Part], axis: int, sources: Sequence[Stored]) -> int:
+    """How much of a tensor's axis whole chunks are, in the largest part."""
+    main = max(parts, key=lambda p: p.size)
+    stored = sources[main.source or 0]
+    steps = strides(stored.shape)
+    for f in main.axes[axis].factors:
+        if f.size > 1:
+            a = axis_of(f.step, stored.shape)
+            turns = min(f.size, stored.chunk[a] // max(1, f.step // steps[a]))
+            if turns > 1:
+                return f.weight * turns
+    return 1
+
+
+def _fitted(
+    members: Sequence[Array], sources: Sequence[Stored], batch: Sequence[int], start: Shape, grains: Sequence[int], most: int
+) -> Shape:
+    """The largest unit, grown from `start` along the axes of the tensor, fastest first, that fits in `most` bytes."""
+    shape, unit = members[0].shape, list(start)
+    for axis in reversed(range(len(shape))):
+        grain = grains[axis]
+        candidates = [shape[axis]]
+        if grain < shape[axis]:
+            n = -(-shape[axis] // grain)
+            candidates += [grain * (n >> k) for k in range(1, n.bit_length()) if n >> k]
+            candidates.append(grain)
+        candidates += [shape[axis] >> k for k in range(1, shape[axis].bit_length())]
+        for size in sorted(set(candidates), reverse=True):
+            if size <= unit[axis]:
+                break
+            trial = [*unit[:axis], size, *unit[axis + 1 :]]
+            if _memory(members, sources, batch, trial) <= most:
+                unit[axis] = size
+                break
+        if unit[axis] < shape[axis]:
+            break
+    return tuple(unit)
+
+
+def _memory(members: Sequence[Array], sources: Sequence[Stored], batch: Sequence[int], unit: Sequence[int]) -> int:
+    """Bytes of buffers of a batch's first unit, which is as large as any: what is read, and one box made of it."""
+    first = members[0]
+    box = tuple((0, min(u, n)) for u, n in zip(unit, first.shape, strict=True))
+    made = prod(high for _, high in box) * itemsize(first.dtype)
+    return made + sum(r.size * itemsize(sources[s].dtype) for s, r in needs([members[i] for i in batch], box, _shapes(sources)))
+
+
+def _read(members: Sequence[Array], sources: Sequence[Stored], batch: Sequence[int], unit: Shape) -> int:
+    """Bytes decoded for all units of a batch."""
+    arrays = [members[i] for i in batch]
+    return sum(
+        r.chunked(sources[s].chunk, sources[s].shape) * itemsize(sources[s].dtype)
+        for box in replace(arrays[0], unit=unit).units()
+        for s, r in needs(arrays, box, _shapes(sources))
+    )
+
+
+def _shapes(sources: Sequence[Stored]) -> list[Shape]:
+    return [s.shape for s in sources]
+
+
+def _run(shape: Shape, unit: Shape) -> int:
+    """Elements of a unit that are written in one piece."""
+    out = 1
+    for n, u in zip(reversed(shape), reversed(unit), strict=True):
+        out *= u
+        if u < n:
+            break
+    return out

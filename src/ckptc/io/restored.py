@@ -1,0 +1,144 @@
+"""An Orbax checkpoint, read back box by box: opened by Orbax's own metadata, through TensorStore.
+
+`items/_METADATA` names the tree's leaves and the storage drivers, `zarr.json` of each array its shape, dtype and
+chunks. Nothing that was known when the checkpoint was written is used, so this reads what Orbax itself has written too.
+
+Memory: what is asked for, chunks that a box only touches, and a cache of 32 MiB for the index.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptc.diagnostics import InputError, fail
+
+CHECKPOINT = "_CHECKPOINT_METADATA"
+ITEMS = "items"
+_CACHE = 32 << 20  # bytes
+_MAX_JSON = 1 << 30
+Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
+
+
+@dataclass(frozen=True)
+class RestoredArray:
+    """One array of a checkpoint, as it is stored."""
+
+    name: str  # path joined with slashes
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    store: Any  # tensorstore.TensorStore
+
+    def start(self, box: Box) -> Pending:
+        """Begins to read a box."""
+        return Pending(self.name, self.store[tuple(slice(low, high) for low, high in box)].read())
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A box that is being read."""
+
+    name: str
+    future: Any
+
+    def result(self) -> npt.NDArray[Any]:
+        """The elements. Raises `damaged-output` when they cannot be read."""
+        try:
+            return np.asarray(self.future.result())
+        except Exception as error:  # TensorStore has no common class: ValueError, OSError, and its own
+            raise damaged(self.name, error) from None
+
+
+def damaged(what: str, error: Exception) -> InputError:
+    """`damaged-output`, to raise: in TensorStore's words, without its references to its own source."""
+    reason = str(error).split(" [")[0]
+    return fail("damaged-output", f"{what} cannot be read: {reason}", help="convert the checkpoint again")
+
+
+def find_step(directory: Path) -> Path:
+    """The directory of one step: the one given, or the only one in it. Raises `no-checkpoint`."""
+    if (directory / CHECKPOINT).is_file():
+        return directory
+    steps = sorted(p.parent for p in directory.glob(f"*/{CHECKPOINT}") if p.parent.name.isdecimal())
+    if len(steps) == 1:
+        return steps[0]
+    found = f"{len(steps)} steps: {', '.join(p.name for p in steps[:8])}" if steps else "no finished checkpoint"
+    help = "give the directory of one step" if steps else "give the --output of a run that has ended"
+    raise fail("no-checkpoint", f"{directory} holds {found}", help=help)
+
+
+def custom_metadata_of(step: Path) -> dict[str, Any]:
+    """The custom metadata of a checkpoint; empty when there is none, or no checkpoint."""
+    try:
+        custom = _json(step / CHECKPOINT).get("custom_metadata")
+    except InputError:
+        return {}
+    return custom if isinstance(custom, dict) else {}
+
+
+def open_restored(step: Path) -> dict[str, RestoredArray]:
+    """The arrays of a checkpoint by name, without its scalar `step`. Raises `no-checkpoint`, `damaged-output`."""
+    import tensorstore as ts
+
+    items = step / ITEMS
+    metadata = _json(items / "_METADATA")
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": _CACHE}})
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    opening = []
+    leaves = metadata.get("tree_metadata")
+    for leaf in leaves.values() if isinstance(leaves, dict) else ():
+        keys = _keys(leaf)
+        if keys is None:
+            continue
+        place = ".".join(keys)
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{items.absolute()}/"}
+        if metadata.get("use_ocdbt"):
+            kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{place}/", "cache_pool": "cache_pool#index"}
+        else:
+            kvstore["path"] += f"{place}/"
+        spec = {"driver": driver, "kvstore": kvstore}
+        opening.append(("/".join(keys), ts.open(spec, read=True, open=True, context=context)))
+    out = {}
+    for name, future in opening:
+        try:
+            store: Any = future.result()
+        except Exception as error:
+            raise damaged(name, error) from None
+        chunk = tuple(int(n) for n in store.chunk_layout.read_chunk.shape)
+        shape = tuple(int(n) for n in store.shape)
+        out[name] = RestoredArray(name, shape, str(store.dtype.name), chunk, store)
+    if not out:
+        raise fail("damaged-output", f"{items} has no arrays", help="convert the checkpoint again")
+    return out
+
+
+def _keys(leaf: Any) -> list[str] | None:
+    """The path of a leaf that is an array; None for scalars, and for places without a value."""
+    try:
+        if leaf["value_metadata"]["value_type"] not in ("jax.Array", "np.ndarray"):
+            return None
+        return [str(k["key"]) for k in leaf["key_metadata"]]
+    except (KeyError, TypeError):
+        return None
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    help = "is it a checkpoint, and did the run that wrote it end?"
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise fail("damaged-output", f"{path} is too large to be metadata")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise fail("no-checkpoint", f"cannot read {path}: {error.strerror}", help=help) from None
+    except (ValueError, RecursionError):
+        raise fail("damaged-output", f"{path} is not JSON", help=help) from None
+    if not isinstance(found, dict):
+        raise fail("damaged-output", f"{path} is not a JSON object", help=help)
+    return found

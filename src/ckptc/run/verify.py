@@ -1,0 +1,229 @@
+"""Is a checkpoint what its plan says? Read back, bit by bit.
+
+Two ways, both with bounded memory:
+
+- `compare`: against the source. What each array must be is made the straight way (`ckptc.run.straight`), and the stored
+  one is read through TensorStore by Orbax's own metadata (`ckptc.io.restored`). Nothing of the executor takes part.
+- `check_sums`: against the checksums that the run noted in the checkpoint's metadata. No source, no plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.io.restored import RestoredArray, custom_metadata_of, open_restored
+from ckptc.io.zarr3 import grid
+from ckptc.ir.graph import Graph, Target
+from ckptc.ops.types import itemsize
+from ckptc.run import checksum
+from ckptc.run.straight import Tensors, blocks, make
+
+Array = npt.NDArray[Any]
+Box = tuple[tuple[int, int], ...]
+OnProgress = Callable[[int, int, str], None]  # bytes verified, of how many, the array
+
+AHEAD = 32 << 20  # bytes of chunks that are being read while others are summed
+_STRIP = 1 << 22  # elements compared at once
+_AGAIN = "convert the checkpoint again; if it happens twice, the machine's memory or disk may be at fault"
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was found to be right."""
+
+    arrays: int
+    bytes: int
+
+
+@dataclass
+class _Difference:
+    """Where an array is not what it must be."""
+
+    elements: int = 0
+    first: tuple[int, ...] = ()
+    expected: str = ""
+    found: str = ""
+
+    def note(self, elements: int, first: tuple[int, ...], expected: str, found: str) -> None:
+        if not self.elements or first < self.first:
+            self.first, self.expected, self.found = first, expected, found
+        self.elements += elements
+
+
+def _nothing(done: int, total: int, array: str) -> None: ...
+
+
+def compare(
+    graph: Graph, files: Sequence[str], source: Path, step: Path, on_progress: OnProgress = _nothing
+) -> Verified:
+    """Holds the checkpoint in `step` against the source: every array there, none besides, each bit the same; and its
+    checksums, where it has them.
+
+    `graph`: of the plan's mapping and choices; `files`: the plan's, in `source`. Raises InputError with a diagnostic
+    for each array: `missing-array`, `extra-array`, `wrong-array` (another shape or dtype), `output-differs`,
+    `checksum-differs`; or `damaged-output`, and what reading the source raises.
+    """
+    stored, sums = open_restored(step), _Sums(step)
+    problems = _unlike({"/".join(t.path): (t.type.shape, t.type.dtype) for t in graph.targets}, stored)
+    tensors = Tensors(source, files)
+    total, done = sum(t.type.nbytes for t in graph.targets), 0
+    for target in graph.targets:
+        name = "/".join(target.path)
+        array = stored.get(name)
+        if array is not None and (array.shape, array.dtype) == (target.type.shape, target.type.dtype):
+            problems += _compare_array(target, array, tensors, sums)
+        done += target.type.nbytes
+        on_progress(done, total, name)
+    if problems:
+        raise InputError(problems)
+    return Verified(len(graph.targets), total)
+
+
+def check_sums(step: Path, on_progress: OnProgress = _nothing) -> Verified:
+    """Holds every array in `step` against the checksum that the run noted.
+
+    Raises InputError: `no-checksums`, or a diagnostic for each array: `missing-array`, `extra-array`,
+    `checksum-differs`, `damaged-output`.
+    """
+    stored, sums = open_restored(step), _Sums(step)
+    if not sums.known:
+        raise fail(
+            "no-checksums",
+            f"{step} has no checksums",
+            help="ckptc notes them since it writes them; `ckptc verify PLAN --output DIR` compares with the source",
+        )
+    problems = [_missing(name) for name in sorted(sums.known.keys() - stored.keys())]
+    problems += [_extra(name) for name in sorted(stored.keys() - sums.known.keys())]
+    total, done = sum(_nbytes(a) for a in stored.values()), 0
+    for name in sorted(stored.keys() & sums.known.keys()):
+        array, summer, found = stored[name], checksum.Summer(), 0
+        try:
+            for cell, data in _chunks(array):
+                found = checksum.add(found, summer.chunk(cell, data))
+            problems += sums.differ(array, found)
+        except InputError as error:
+            problems += error.diagnostics
+        done += _nbytes(array)
+        on_progress(done, total, name)
+    if problems:
+        raise InputError(problems)
+    return Verified(len(stored), total)
+
+
+def _unlike(
+    expected: Mapping[str, tuple[tuple[int, ...], str]], stored: Mapping[str, RestoredArray]
+) -> list[Diagnostic]:
+    problems = [_missing(name) for name in sorted(expected.keys() - stored.keys())]
+    problems += [_extra(name) for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        (shape, dtype), array = expected[name], stored[name]
+        if (shape, dtype) != (array.shape, array.dtype):
+            notes = (f"expected: {dtype}{list(shape)}", f"found: {array.dtype}{list(array.shape)}")
+            problems.append(Diagnostic("wrong-array", f"`{name}` is another array", None, notes, _AGAIN))
+    return problems
+
+
+def _missing(name: str) -> Diagnostic:
+    return Diagnostic("missing-array", f"the checkpoint has no array `{name}`", None, (), _AGAIN)
+
+
+def _extra(name: str) -> Diagnostic:
+    return Diagnostic("extra-array", f"the checkpoint has an array `{name}` that nothing made", None, (), _AGAIN)
+
+
+def _compare_array(target: Target, stored: RestoredArray, tensors: Tensors, sums: _Sums) -> list[Diagnostic]:
+    difference, summer, total = _Difference(), checksum.Summer(), 0
+    for box, node in blocks(target, stored.chunk):
+        pending = stored.start(box)  # reads while the expected block is made
+        expected, found = make(node, tensors), pending.result()
+        _compare_blocks(expected, found, box, difference)
+        for cell, inside in _cells(stored, box):
+            total = checksum.add(total, summer.chunk(cell, found[inside]))
+    if not difference.elements:
+        return sums.differ(stored, total)
+    n, size = difference.elements, prod(stored.shape)
+    notes = (f"first index: {list(difference.first)}", f"expected: {difference.expected}", f"found: {difference.found}")
+    message = f"{n} of {size} elements of `{stored.name}` {'is' if n == 1 else 'are'} not what the source gives"
+    return [Diagnostic("output-differs", message, None, notes, _AGAIN)]
+
+
+def _compare_blocks(expected: Array, found: Array, box: Box, difference: _Difference) -> None:
+    """Notes where the bits of two arrays of one type are not the same. `box`: where both stand in the whole array."""
+    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        raise AssertionError(f"{expected.dtype}{expected.shape} made, {found.dtype}{found.shape} read")
+    a, b = np.ascontiguousarray(expected).reshape(-1), np.ascontiguousarray(found).reshape(-1)
+    for begin in range(0, a.size, _STRIP):
+        one, other = a[begin : begin + _STRIP], b[begin : begin + _STRIP]
+        unequal = (_bits(one) != _bits(other)).any(axis=1)
+        if not unequal.any():
+            continue
+        at = int(np.argmax(unequal))
+        index = np.unravel_index(begin + at, expected.shape)
+        first = tuple(int(i) + low for i, (low, _) in zip(index, box, strict=True))
+        difference.note(int(np.count_nonzero(unequal)), first, _shown(one[at]), _shown(other[at]))
+
+
+def _bits(flat: Array) -> Array:
+    """Elements as rows of unsigned integers: unlike floats, they are equal only where all bits are."""
+    item = flat.dtype.itemsize
+    return flat.view(f"u{item}" if item <= 8 else "u8").reshape(flat.size, -1)
+
+
+def _shown(value: Any) -> str:
+    """An element and its bits: zeros have signs, and NaNs differ."""
+    return f"{value!s} (0x{np.asarray(value).tobytes()[::-1].hex()})"
+
+
+def _cells(array: RestoredArray, box: Box) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """The chunks of a box of whole chunks: their cell in the array's grid, and where they stand in the box."""
+    cells = grid(array.shape, array.chunk)
+    for corner in product(*(range(low, high, c) for (low, high), c in zip(box, array.chunk, strict=True))):
+        index = tuple(x // c for x, c in zip(corner, array.chunk, strict=True))
+        inside = tuple(slice(x - low, x - low + c) for x, c, (low, _) in zip(corner, array.chunk, box, strict=True))
+        yield checksum.cell_of(index, cells), inside
+
+
+def _chunks(array: RestoredArray) -> Iterator[tuple[int, Array]]:
+    """Every chunk of an array, the next ones being read while one is used."""
+    whole = tuple((0, n) for n in array.shape)
+    ahead = max(1, AHEAD // max(1, prod(array.chunk) * itemsize(array.dtype)))
+    pending = []
+    for cell, inside in _cells(array, whole):
+        box = tuple((s.start, min(s.stop, n)) for s, n in zip(inside, array.shape, strict=True))
+        pending.append((cell, array.start(box)))
+        if len(pending) > ahead:
+            cell, first = pending.pop(0)
+            yield cell, first.result()
+    for cell, rest in pending:
+        yield cell, rest.result()
+
+
+def _nbytes(array: RestoredArray) -> int:
+    return prod(array.shape) * itemsize(array.dtype)
+
+
+class _Sums:
+    """The checksums that a run noted, by array; none where it noted none, or in a way this ckptc does not know."""
+
+    def __init__(self, step: Path) -> None:
+        custom = custom_metadata_of(step).get("ckptc")
+        made = custom if isinstance(custom, dict) else {}
+        known = made.get("checksums") if made.get("checksum") == checksum.NAME else None
+        self.known: dict[str, Any] = known if isinstance(known, dict) else {}
+
+    def differ(self, array: RestoredArray, total: int) -> list[Diagnostic]:
+        found, expected = checksum.seal(total, array.shape, array.dtype, array.chunk), self.known.get(array.name)
+        if expected is None or found == expected:
+            return []
+        notes = (f"expected: {expected}", f"found: {found}")
+        message = f"`{array.name}` does not have the checksum that was noted when it was written"
+        return [Diagnostic("checksum-differs", message, None, notes, _AGAIN)]

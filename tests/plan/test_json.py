@@ -1,0 +1,278 @@
+"""Plans as JSON: what is written is read back, and what was not written by ckptc is refused, whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft7Validator
+
+from ckptc.diagnostics import InputError
+from ckptc.ops.nest import AxisMap, Factor, Part
+from ckptc.plan.json import digest, dumps, encode, loads
+from ckptc.plan.model import FORMAT, Array, Choices, Decode, File, LeftOut, Made, Plan, Source, Tensor, Totals
+from ckptc.spec.resources import schema
+
+SHA = "sha256:" + "0123456789abcdef" * 4
+
+# One of everything a plan can hold: stacked tensors with arithmetic, a constant, codes with scales; names beyond ASCII.
+PLAN = Plan(
+    made=Made("0.1.0", "tiny", "tinies", "none/tiny", SHA, SHA),
+    choices=Choices("scanned", "bfloat16", False, 16, 1 << 28, "hub", (("embed", 6), ("rate", 0.5), ("kind", "größe"), ("on", True))),
+    files=(File("model-00001-of-00002.safetensors", 4096, SHA), File("sub/zweite.safetensors", 2048, SHA)),
+    tensors=(Tensor("a.0", 0, 100, 124), Tensor("a.1", 1, 100, 124), Tensor("q", 1, 124, 148), Tensor("größe", 1, 148, 164)),
+    arrays=(
+        Array(
+            ("params", "params", "a"), (2, 6), "bfloat16", (1, 6), (2, 6), (2, 1), ("layers", None), "blocks: a",
+            ("a -> a", "scale 0.1"), (Source("bfloat16", (2, 3), (0, 1)),),
+            (Part(0, 1, 0, (AxisMap(0, (Factor(2, 1, 0, 1),)), AxisMap(0, (Factor(3, 2, 1), Factor(2, 1, 3)))), (("scale", 0.1), ("cast", "bfloat16"))),),
+        ),
+        Array(
+            ("params", "params", "b"), (6,), "float32", (6,), (6,), (1,), (), "b", (), (Source("float8_e4m3fn", (6,), (2,), Decode("dequant_block_fp8", (2, 2), "float32", (4,), (3,))),),
+            (Part(0, 0, 0, (AxisMap(0, (Factor(4, 1, 1),)),)), Part(None, 0, 0, (AxisMap(4, (Factor(2, 1, 0),)),), (("add", 1.0),), 0.25)),
+        ),
+    ),
+    left_out=(LeftOut("*.inv_freq", "MaxText computes them", 2, 64),),
+    totals=Totals(2, 4, 18, 88, 48, 112),
+)  # fmt: skip
+BODY = json.loads(dumps(PLAN))
+
+
+def signed(body: Any) -> str:
+    """The text of a body with a digest that fits, as an edit by someone who knows how."""
+    if isinstance(body, dict) and "digest" in body:
+        body = {**body, "digest": digest(body)}
+    return json.dumps(body, ensure_ascii=False)
+
+
+def changed(change: Callable[[Any], Any]) -> Any:
+    body = copy.deepcopy(BODY)
+    change(body)
+    return body
+
+
+def codes(text: str | bytes) -> set[str]:
+    with pytest.raises(InputError) as refused:
+        loads(text, "p.json")
+    assert all("p.json" in d.message for d in refused.value.diagnostics)
+    return {d.code for d in refused.value.diagnostics}
+
+
+# -- what is written is read back ----------------------------------------------------------------------------
+
+
+def test_a_plan_reads_back_as_it_was() -> None:
+    assert loads(dumps(PLAN)) == PLAN
+    assert loads(dumps(PLAN).encode()) == PLAN
+
+
+def test_a_plan_read_back_is_written_the_same() -> None:
+    assert dumps(loads(dumps(PLAN))) == dumps(PLAN)
+
+
+def test_the_schema_describes_what_is_written() -> None:
+    assert [e.message for e in Draft7Validator(schema("plan")).iter_errors(BODY)] == []
+
+
+def test_each_array_and_tensor_has_a_line_of_its_own() -> None:
+    lines = dumps(PLAN).splitlines()
+    for array in PLAN.arrays:
+        assert sum(f'"path":"{array.name}"' in line for line in lines) == 1
+    for tensor in PLAN.tensors:
+        assert sum(line.startswith(f'  ["{tensor.name}",') for line in lines) == 1
+
+
+def test_what_programs_read_is_where_the_documentation_says() -> None:
+    assert [(a["path"], a["shape"], a["dtype"]) for a in BODY["arrays"]] == [
+        ("params/params/a", [2, 6], "bfloat16"),
+        ("params/params/b", [6], "float32"),
+    ]
+    totals = {"arrays": 2, "tensors": 4, "parameters": 18, "read_bytes": 88, "write_bytes": 48, "peak_memory_bytes": 112}
+    assert BODY["totals"] == totals
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
+COUNTS = st.integers(0, 1 << 62)
+FACTORS = st.builds(Factor, COUNTS, COUNTS, COUNTS, COUNTS)
+STEPS = st.one_of(st.tuples(st.sampled_from(["scale", "add"]), FLOATS), st.tuples(st.just("cast"), st.just("float32")))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: "/" not in s)
+AXES = st.lists(st.builds(AxisMap, COUNTS, st.lists(FACTORS, max_size=3).map(tuple)), max_size=4).map(tuple)
+MATH = st.lists(STEPS, max_size=3).map(tuple)
+PARTS = st.one_of(
+    st.builds(Part, st.just(0), COUNTS, COUNTS, AXES, MATH),
+    st.builds(Part, st.none(), st.just(0), st.just(0), AXES, MATH, FLOATS),
+)
+
+
+@given(path=st.lists(TEXT, min_size=1), rule=st.text(st.characters(exclude_categories=["Cs"])), parts=st.lists(PARTS, min_size=1))
+def test_any_names_and_parts_read_back(path: list[str], rule: str, parts: list[Part]) -> None:
+    first = PLAN.arrays[0]
+    array = Array(
+        tuple(path), first.shape, first.dtype, first.chunk, first.unit, first.shards, first.axes, rule, (rule,), first.sources, tuple(parts)
+    )  # fmt: skip
+    plan = Plan(PLAN.made, PLAN.choices, PLAN.files, PLAN.tensors, (array,), PLAN.left_out, PLAN.totals)
+    assert loads(dumps(plan)) == plan
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def test_an_edited_plan_is_refused() -> None:
+    text = dumps(PLAN)
+    for old, new in (('"begin"', None), ("[2,6]", "[6,2]"), ('"shards":16', '"shards":8'), ("0.1", "0.2"), ("größe", "grösse")):
+        if new is not None:
+            assert old in text
+            assert codes(text.replace(old, new)) == {"edited-plan"}
+
+
+@pytest.mark.parametrize("field", sorted(set(BODY) - {"digest", "format"}))
+def test_every_field_is_under_the_digest(field: str) -> None:
+    body = changed(lambda b: b.pop(field))
+    assert digest(body) != digest(BODY)
+
+
+def test_order_and_spacing_of_the_text_do_not_matter_but_the_order_of_keys_does() -> None:
+    assert loads(json.dumps(BODY, indent=4)) == PLAN
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_plan_is_refused(share: float) -> None:
+    text = dumps(PLAN)
+    assert codes(text[: int(len(text) * share)]) == {"invalid-plan"}
+
+
+@pytest.mark.parametrize("format_", [FORMAT + 1, FORMAT - 1, str(FORMAT), None, [FORMAT]])
+def test_another_format_is_refused(format_: Any) -> None:
+    assert codes(signed({**BODY, "format": format_})) == {"plan-format"}
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "3", "{}", '"plan"', '{"format":1}', b"\xff\xfe{", b"\x00\x01"])
+def test_what_is_no_plan_at_all_is_refused(text: str | bytes) -> None:
+    assert codes(text) == {"invalid-plan"}
+
+
+@pytest.mark.parametrize("where", [[], ["made"], ["choices"], ["totals"], ["files", 0], ["arrays", 0], ["arrays", 1, "sources", 0], ["arrays", 1, "sources", 0, "decode"], ["arrays", 0, "parts", 0], ["left_out", 0]], ids=str)  # noqa: E501
+def test_an_unknown_key_is_refused(where: list[Any]) -> None:
+    def add(body: Any) -> None:
+        for step in where:
+            body = body[step]
+        body["surprise"] = 1
+
+    assert codes(signed(changed(add))) == {"invalid-plan"}
+
+
+@pytest.mark.parametrize("key", sorted(set(BODY) - {"format", "arrays"}))
+def test_a_missing_key_is_refused(key: str) -> None:
+    assert codes(json.dumps(changed(lambda b: b.pop(key)))) == {"invalid-plan"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("old", ["0.25", "0.5", ":88,"], ids=["in an array", "in the dims", "in the totals"])
+def test_a_number_that_json_has_not_is_refused(number: str, old: str) -> None:
+    text = dumps(PLAN)
+    assert old in text
+    assert codes(text.replace(old, f":{number}," if old == ":88," else number)) == {"invalid-plan"}
+
+
+@pytest.mark.parametrize("old", ['"made":', '"format":', '"model":', '"path":', '"size":'])
+def test_a_key_given_twice_is_refused(old: str) -> None:
+    text = dumps(PLAN)
+    assert codes(text.replace(old, f'{old} 1, {old}', 1)) == {"invalid-plan"}
+
+
+def test_half_of_a_surrogate_pair_is_refused() -> None:
+    """JSON can say it and UTF-8 cannot."""
+    text = dumps(PLAN).replace('"rule":"b"', '"rule":"\\ud800"')
+    assert codes(text) == {"invalid-plan"}
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5_000, 200_000])
+def test_a_nest_without_end_is_refused(depth: int) -> None:
+    text = dumps(PLAN).replace('"embed":6', '"embed":' + "[" * depth + "]" * depth)
+    assert codes(text) <= {"invalid-plan", "edited-plan"}
+
+
+ROWS: dict[str, Any] = {
+    "not a list": {"name": "a.0"},
+    "too short": ["a.0", 0, 100],
+    "too long": ["a.0", 0, 100, 124, 0],
+    "a number as the name": [7, 0, 100, 124],
+    "text as an offset": ["a.0", 0, "100", 124],
+    "a fraction": ["a.0", 0, 100.5, 124],
+    "true as an offset": ["a.0", 0, True, 124],
+    "null": ["a.0", None, 100, 124],
+    "a file before the first": ["a.0", -2, 100, 124],
+    "a negative offset": ["a.0", 0, -1, 124],
+    "an end before the beginning": ["a.0", 0, 125, 124],
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_malformed_row_of_tensors_is_refused(row: Any, position: int) -> None:
+    assert codes(signed(changed(lambda b: b["tensors"].__setitem__(position, row)))) == {"invalid-plan"}
+
+
+def test_a_tensor_that_is_not_there_is_refused() -> None:
+    def beyond(body: Any) -> None:
+        body["arrays"][0]["sources"][0]["tensors"][1] = len(body["tensors"])
+
+    assert codes(signed(changed(beyond))) == {"invalid-plan"}
+
+
+def test_a_tensor_of_scales_that_is_not_there_is_refused() -> None:
+    def beyond(body: Any) -> None:
+        body["arrays"][1]["sources"][0]["decode"]["tensors"][0] = len(body["tensors"])
+
+    assert codes(signed(changed(beyond))) == {"invalid-plan"}
+
+
+# -- the quick checks of the long tables say what the schema says --------------------------------------------
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 9), st.just(0.5), st.sampled_from(["", "a", "a/b", "/a", "a//b", "a/"]),
+    st.sampled_from([[], [0], [1, 0], ["x", 0, 0, 0], ["x", -1, 2, 3], {}, {"name": "x"}]),
+)  # fmt: skip
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, x in inner for place in places(x, (*at, key)))]
+
+
+TABLES = [place for place in places(BODY) if place[:1] in (("tensors",), ("arrays",))]
+
+
+@settings(max_examples=400, deadline=None)
+@given(place=st.sampled_from(TABLES), edit=st.sampled_from(["put", "drop", "again"]), junk=JUNK)
+def test_tables_are_refused_where_the_schema_refuses_them(place: tuple[Any, ...], edit: str, junk: Any) -> None:
+    body = copy.deepcopy(BODY)
+    holder = body
+    for step in place[:-1]:
+        holder = holder[step]
+    if edit == "put":
+        holder[place[-1]] = junk
+    elif edit == "drop":
+        del holder[place[-1]]
+    elif isinstance(holder, list):
+        holder.append(junk)
+    by_schema = Draft7Validator(schema("plan")).is_valid(body)
+    try:
+        loads(signed(body))
+        accepted = True
+    except InputError:
+        accepted = False
+    assert accepted == (by_schema and consistent(body))
+
+
+def consistent(body: Any) -> bool:
+    """What a schema cannot say: offsets are in order, and what is named is there."""
+    count = len(body["tensors"])
+    sources = [s for a in body["arrays"] for s in a["sources"]]
+    named = [s["tensors"] for s in sources] + [s["decode"]["tensors"] for s in sources if "decode" in s]
+    return all(row[2] <= row[3] for row in body["tensors"]) and all(n < count for numbers in named for n in numbers)
