@@ -357,7 +357,7 @@ def judges(family: str) -> tuple[Judge, ...]:
     cases = [case for case in known_cases() if spec.find_model(case.model)[0].family == family]
     found = [judge for case in cases for judge in of_golden(case)]
     for case in cases:
-        found += of_other_layouts(case, {(j.hf, j.options) for j in found if isinstance(j, ByArrays)})
+        found += of_other_layouts(case, [(j.hf, j.options) for j in found if isinstance(j, ByArrays)])
     found += [judge for case in {case.model: case for case in cases}.values() for judge in of_trees(case.model)]
     return tuple(found)
 
@@ -372,7 +372,7 @@ def of_golden(case: GoldenCase) -> Iterator[ByArrays]:
     yield from of_other_head(case, options, expected)
 
 
-def of_other_layouts(case: GoldenCase, known: set[Any]) -> Iterator[Judge]:
+def of_other_layouts(case: GoldenCase, known: list[Any]) -> Iterator[Judge]:
     mapping, model = spec.find_model(case.model)
     for layout in spec.LAYOUTS:
         options = options_of(case, layout=layout)

@@ -112,7 +112,6 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
         "`concat` joins arrays of one type, but there are float32[a=2, b=3] and float32[a=2, b=4]"),
     (Concat("a"), [AB, t("a=2")], "`concat` joins arrays of one type"),
     (Concat("a"), [AB, t("a=2 b=3", "bfloat16")], "float32[a=2, b=3] and bfloat16[a=2, b=3]"),
-    (Concat("a"), [AB, t("x=2 b=3")], "float32[a=2, b=3] and float32[x=2, b=3]"),
     (Concat("a"), [AB, AB, t("a=2 x=3")], "float32[a=2, b=3] and float32[a=2, x=3]"),
     (Stack("x"), [AB], "`stack` joins the parts of a list in `from`; there is one"),
     (Stack("x"), [AB, t("a=3 b=3")], "`stack` joins arrays of one type"),

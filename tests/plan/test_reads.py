@@ -161,6 +161,21 @@ def test_a_walk_over_the_ends_of_rows_decodes_all_rows_between() -> None:
     assert plan_rows(part, rows_of_length(4, 24)).scale_rows().tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_step_may_move_on_along_the_row_too() -> None:
+    """Elements 0, 9 and 18 in rows of 4: columns 0, 1 and 2 of every other row."""
+    rows = plan_rows(Part(0, 0, 0, (whole(3, 9),)), rows_of_length(4, 24))
+    assert rows.scale_rows().tolist() == [0, 2, 4]
+    assert rows.steps == (4 + 1,)
+
+
+def test_rows_of_several_runs_have_their_place_in_what_is_read() -> None:
+    """Two of every ten rows, of each of three hundreds: runs of two, one after the other."""
+    part = Part(0, 0, 0, (whole(3, 100 * 4), whole(2, 10 * 4), whole(2, 4), whole(4, 1)))
+    rows = plan_rows(part, rows_of_length(4, 300 * 4))
+    assert rows.read.runs() == [(n * 4, 8) for n in (0, 10, 100, 110, 200, 210)]
+    assert rows.places().tolist() == list(range(12))
+
+
 # --- rows of scales ---------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from tests.ops.evaluate import Array, dtype_of, same
 from tests.ops.strategies import STEPS, Made, apply, op_for
 from tests.run.test_worker import Stored, check, cuts
 
-from ckptc.ops import Axis, Cast, DequantBlockFp8, DequantMxfp4, TensorType, Transpose
+from ckptc.ops import Axis, Cast, DequantBlockFp8, DequantMxfp4, ReshapeHeads, TensorType, Transpose
 from ckptc.ops.nest import Part, whole
 from ckptc.plan.reads import places_in, plan_rows, scale_runs
 from ckptc.run.decode import E8M0, TABLES, Decoder, as_float32
@@ -122,13 +122,13 @@ def stored(draw: Draw, tensors: int = 1) -> tuple[Stored, Array]:
     return Stored(op, values, factors), np.stack(slow)
 
 
-def decoded_leaf(array: Array, number: int = 0) -> Made:
+def decoded_leaf(array: Array) -> Made:
     """A stack of decoded tensors as a leaf: its first axis counts tensors."""
     names = [Axis(f"d{i}", n) for i, n in enumerate(array.shape)]
     each = array.shape[1:]
     axes = [whole(array.shape[0], 0, 1), *(whole(n, prod(each[i + 1 :])) for i, n in enumerate(each))]
     return Made(
-        TensorType(tuple(names), "float32"), array, [Part(number, 0, 0, tuple(axes))], [list(array)], f"{array.shape}"
+        TensorType(tuple(names), "float32"), array, [Part(0, 0, 0, tuple(axes))], [list(array)], f"{array.shape}"
     )
 
 
@@ -188,6 +188,15 @@ def test_some_rows_decode_with_their_own_scales(case: tuple[Stored, Array], bloc
     wanted = rows[first::step]
     part = Part(0, first * length, 0, (whole(len(wanted), step * length), whole(length, 1)))
     assert same(decode_all(how, block, part), wanted)
+
+
+def test_rows_that_do_not_follow_evenly() -> None:
+    """Two of every three rows, read in one run with those between."""
+    codes, scales = random_bits(1, (9, 4), "float8_e4m3fn"), random_bits(2, (9, 1), "float8_e8m0fnu")
+    how, slow = Stored(DequantBlockFp8((1, 4)), [codes], [scales]), slow_block_fp8(codes, scales, (1, 4))
+    part = Part(0, 0, 0, (whole(3, 3 * 4), whole(2, 4), whole(4, 1)))
+    for block in (4, 8, 1 << 15):
+        assert same(decode_all(how, block, part), slow[[0, 1, 3, 4, 6, 7]])
 
 
 def test_mxfp4_of_every_byte_under_every_scale() -> None:
@@ -271,6 +280,16 @@ def test_part_of_a_row_reads_the_whole_row() -> None:
 def test_experts_in_one_tensor_keep_their_own_scales() -> None:
     how, made = block_fp8((3, 6, 10), (4, 4))
     check(apply(Transpose(("d1", "d3", "d0", "d2")), [made]), (2, 10, 1, 6), (2, 10, 1, 6), {0: how})
+
+
+def test_a_grid_of_decoded_tensors_stacks_anywhere() -> None:
+    """Layers and experts, two axes of fp8 tensors, on both sides of the tensors' own."""
+    codes = [random_bits(i, (5, 6), "float8_e4m3fn") for i in range(6)]
+    scales = [np.full((3, 2), i + 1, np.float32) for i in range(6)]
+    how = Stored(DequantBlockFp8((2, 3)), codes, scales)
+    stack = decoded_leaf(np.stack([slow_block_fp8(c, s, (2, 3)) for c, s in zip(codes, scales, strict=True)]))
+    made = apply(ReshapeHeads("d0", (Axis("layer", 2), Axis("expert", 3))), [stack])
+    check(apply(Transpose(("expert", "d2", "layer", "d1")), [made]), (2, 3, 1, 5), (2, 6, 2, 5), {0: how})
 
 
 def test_a_transposed_target_reads_each_row_once() -> None:

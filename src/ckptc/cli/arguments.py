@@ -98,8 +98,8 @@ def execution(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-source",
         metavar="FILE|auto",
-        help="first compare the SHA-256 of every source file with this file, as `sha256sum` writes it, or with what the "
-        "Hub's client noted when it downloaded them (auto)",
+        help="first compare the SHA-256 of every source file with this file, as `sha256sum` writes it, or with what "
+        "the Hub's client noted when it downloaded them (auto)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")

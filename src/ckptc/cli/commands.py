@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ckptc.cli import render
+from ckptc.cli import export, render
 from ckptc.cli.progress import show_progress
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
@@ -19,6 +19,7 @@ from ckptc.diagnostics import fail
 from ckptc.io.checkpoint import open_checkpoint
 from ckptc.io.locate import remember
 from ckptc.plan import json as plan_json
+from ckptc.plan.check import check_plan
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Mapping, Model, find_model, load_mapping, shipped
 
@@ -37,16 +38,16 @@ def models(args: argparse.Namespace) -> None:
 
 
 def compile_(args: argparse.Namespace) -> None:
-    plan = _compile(args)
+    plan = _compile_export(args) if args.export else _compile(args)
     text = plan_json.dumps(plan)
     if args.plan_file:
-        _write_plan(Path(args.plan_file), text, args.force)
+        write_plan(Path(args.plan_file), text, args.force)
     if args.dump_plan:
         sys.stdout.write(text)
     elif args.json:
-        print(json.dumps(render.summary_record(plan), indent=1))
+        print(json.dumps(export.summary_record(plan) if args.export else render.summary_record(plan), indent=1))
     else:
-        print(render.summary(plan))
+        print(export.summary(plan) if args.export else render.summary(plan))
         if args.plan_file:
             # Made without a checkpoint, a plan is to be read and compared; there are no bytes to run it on.
             runs = f"; `ckptc run {args.plan_file} --output DIR` executes it" if plan.made.source else ""
@@ -55,18 +56,26 @@ def compile_(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     plan, text = read_plan(Path(args.plan))
+    if plan.made.kind == "export":
+        companions = Path(args.config_from) if args.config_from else None
+        source = Path(args.source) if args.source else None
+        export.execute(plan, json.loads(text)["digest"], args, source, companions)
+        return
     _execute(plan, text, args, Path(args.source) if args.source else None)
 
 
 def read_plan(path: Path) -> tuple[Plan, bytes]:
-    """A plan and its text. Raises `unreadable-plan`, and what `plan.json.loads` raises."""
+    """A plan that can be run, and its text. Raises `unreadable-plan`, and what `loads` and `check_plan` raise."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise fail(
             "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o PLAN` writes plans"
         ) from None
-    return plan_json.loads(text, str(path)), text
+    plan = plan_json.loads(text, str(path))
+    if plan.made.kind == "import":
+        check_plan(plan, str(path))
+    return plan, text
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -79,14 +88,14 @@ def _mappings(file: str | None) -> tuple[Mapping, ...] | None:
 
 
 def _compile(args: argparse.Namespace) -> Plan:
-    mapping, model = _find(args)
+    mapping, model = find(args)
     options = Options(
-        layout="scanned" if args.scan else "unscanned",
-        dtype=args.dtype,
+        layout="unscanned" if args.scan is False else "scanned",
+        dtype=args.dtype or Options().dtype,
         multimodal=args.multimodal,
         set=dict(args.set),
         shards=args.shards,
-        memory=args.memory,
+        memory=args.memory or Options().memory,
     )
     checkpoint = open_checkpoint(Path(args.source)) if args.source else None
     plan = compile_plan(mapping, model, options, checkpoint)
@@ -95,7 +104,13 @@ def _compile(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def _find(args: argparse.Namespace) -> tuple[Mapping, Model]:
+def _compile_export(args: argparse.Namespace) -> Plan:
+    if not args.source:
+        raise fail("unknown-source", "an export is compiled for a checkpoint", help="say which one with `--source DIR`")
+    return export.compiled(args)
+
+
+def find(args: argparse.Namespace) -> tuple[Mapping, Model]:
     return find_model(args.model, _mappings(args.mapping))
 
 
@@ -126,7 +141,7 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
         print(verify.line(verified[0], "source"))
 
 
-def _write_plan(path: Path, text: str, force: bool) -> None:
+def write_plan(path: Path, text: str, force: bool) -> None:
     """Whole or not at all; replaces an earlier plan, and nothing else unless told to."""
     try:
         _refuse_to_replace(path, force)

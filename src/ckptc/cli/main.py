@@ -1,7 +1,7 @@
 """`ckptc`: the parser, and what each exit code means.
 
     0  done
-    1  the input is at fault: a mapping, a checkpoint, a plan, an output that exists
+    1  the input is at fault: a mapping, a checkpoint, a plan, an output that exists; or `diff` found differences
     2  the command line is at fault, or ckptc is
 
 Commands import what they need when they run: `--help` loads none of it.
@@ -13,11 +13,11 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments
+from ckptc.cli import arguments, export
 from ckptc.diagnostics import InputError
 
 DONE, INPUT_AT_FAULT, USAGE_OR_INTERNAL, INTERRUPTED = 0, 1, 2, 130
@@ -30,6 +30,8 @@ examples:
   ckptc run plan.json --output OUT                    exactly that, into OUT/0/items
   ckptc convert --model gemma2-2b --source DIR --output OUT
   ckptc verify plan.json --output OUT                 each bit, against the source
+  ckptc export --model gemma2-2b --source OUT --output HF     and back, as safetensors
+  ckptc diff HF DIR                                   what differs, and by how much
 
 exit codes: 0 done; 1 the input is at fault; 2 usage or internal error"""
 
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "run would do. Reads no weights.",
     )
     arguments.compilation(compile_)
+    export.compilation_too(compile_)
     compile_.add_argument("-o", "--output", metavar="PLAN", dest="plan_file", help="write the plan to this file")
     shown = compile_.add_mutually_exclusive_group()
     shown.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and nothing else")
@@ -78,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the checkpoint's directory (default: where this machine last compiled it from)",
     )
+    run.add_argument(
+        "--config-from", metavar="DIR", help="of an export: the directory with the files to copy (default: as for --source)"
+    )
     run.add_argument("--mapping", metavar="FILE", help="for --verify: the plan's mapping, if it is not a shipped one")
     arguments.execution(run)
 
@@ -87,11 +93,14 @@ def parser() -> argparse.ArgumentParser:
     arguments.compilation(convert, source_required=True)
     arguments.execution(convert)
 
+    export.add_export(commands)
+    export.add_diff(commands)
+
     verify = commands.add_parser(
         "verify",
         help="read a checkpoint back and compare",
-        description="With a plan, every array is compared, bit by bit, with what its source gives by the mapping's ops, "
-        "taken one after the other. With a directory, with the checksums that were noted when it was written.",
+        description="With a plan, every array is compared, bit by bit, with what its source gives by the mapping's "
+        "ops, taken one after the other. With a directory, with the checksums that were noted when it was written.",
     )
     verify.add_argument("target", metavar="PLAN|DIR", help="a plan, or the output of a run")
     verify.add_argument("--output", metavar="DIR", help="with a plan: the checkpoint, as `ckptc run` was given it")
@@ -116,17 +125,19 @@ def run(argv: Sequence[str] | None = None) -> int:
             args = parser().parse_args(argv)
             from ckptc.cli import commands, verify
 
-            handler = {
+            handler: Callable[[argparse.Namespace], int | None] = {
                 "models": commands.models,
                 "compile": commands.compile_,
                 "run": commands.run,
                 "convert": commands.convert,
+                "export": export.export,
+                "diff": export.diff,
                 "verify": verify.verify,
             }[args.command]
-            handler(args)
+            code = handler(args)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends
-        return DONE
+        return code or DONE
     except InputError as error:
         from ckptc.cli.render import diagnostics
 

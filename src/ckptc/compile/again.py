@@ -43,9 +43,7 @@ def graph_again(plan: Plan, mapping: Mapping, model: Model, checkpoint: Checkpoi
     )  # fmt: skip
     config = checkpoint.config or model.config
     dims = evaluate_dims(mapping, model, config, given)
-    names: dict[str, Any] = {
-        **dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype
-    }  # fmt: skip
+    names: dict[str, Any] = {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}
     dtypes = {name: t.dtype for name, t in checkpoint.tensors.items()}
     _, graph = expand_namings(mapping, options, dims, names, dtypes)
     made = {(t.path, t.type.shape, t.type.dtype) for t in graph.targets}

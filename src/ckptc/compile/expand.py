@@ -173,7 +173,9 @@ class _Chain:
                 help="let `ops` begin with `concat` or `stack`",
             )
         node = nodes[0]
-        dtype = rule.dtype or (self.work.options.dtype if is_float(node.type.dtype) else "source")
+        chosen = self.work.options.dtype
+        keep = not is_float(node.type.dtype) or chosen.startswith("float8")  # nothing becomes float8: what is stored so stays so
+        dtype = rule.dtype or ("source" if keep else chosen)
         dtype = stored if dtype == "source" else dtype
         if dtype != node.type.dtype:
             where = (*rule.where, "dtype") if rule.dtype else rule.where

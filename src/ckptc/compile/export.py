@@ -1,63 +1,35 @@
 """The way back: a mapping, a model and an Orbax checkpoint's metadata become the plan of an export. Pure; no I/O.
 
-    dims -> expand -> fold -> match -> invert -> rounding -> units -> lay_out
+    reading (dims, expand, match) -> fold -> invert -> rounding -> units -> lay_out
 
-The rules are those of a conversion, read the other way: what they say of the forward direction is all that is known. The layout is what
-the checkpoint says it is, else the one whose arrays it has. Sizes that only pad (`pad`, `resize`) are taken from the arrays, since any
-training may have chosen its own.
+The rules are those of a conversion, read the other way: what they say of the forward direction is all that is known.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping as MappingOf
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import ckptc
 from ckptc.compile.assemble import sha256
-from ckptc.compile.compiler import all_namings, expand_namings, supported
 from ckptc.compile.config import adapt
-from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
-from ckptc.compile.match import Matched, match, problems
-from ckptc.compile.options import MIB, Options
+from ckptc.compile.match import problems
+from ckptc.compile.reading import ExportOptions, Reading, most, read
 from ckptc.compile.rounding import exactness, invert_math, worst
 from ckptc.compile.units import Stored, schedule
-from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.ir.graph import Graph, leaves
+from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.saved import Original, Saved, SavedArray
 from ckptc.ops.nest import AxisMap, Part
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
 from ckptc.plan.outputs import Outputs, Padding, lay_out
-from ckptc.spec.mapping import LAYOUTS, Mapping, Model, Value
+from ckptc.spec.mapping import Mapping, Model
 
-GB = 10**9
 PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    dtype: str | None = None  # of floating tensors; None: the original's, else the config's, else bfloat16
-    multimodal: bool = False
-    set: MappingOf[str, Value] = field(default_factory=dict)
-    layout: str | None = None  # None: the checkpoint's own
-    memory: int = 1024 * MIB  # bytes of buffers a run may hold
-    max_shard: int = 5 * GB  # bytes of tensors in a file
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One reading of the mapping: a layout, and what it gives."""
-
-    layout: str
-    naming: str
-    dims: dict[str, Any]
-    graph: Graph
-    matched: Matched
 
 
 def compile_export(
@@ -65,100 +37,11 @@ def compile_export(
 ) -> plan.Plan:
     """The plan. Raises InputError with everything that is wrong, found before an array is read."""
     config = original.config if original and original.config else model.config
-    read = _read(mapping, model, options, saved, original, config)
-    wrong = problems(read.graph, read.matched, options.multimodal if mapping.multimodal else None)
+    found = read(mapping, model, options, saved, original, config)
+    wrong = problems(found.graph, found.matched, options.multimodal if mapping.multimodal else None)
     if wrong:
         raise InputError(dict.fromkeys(wrong))
-    return _Export(mapping, model, options, saved, original, config, read).records()
-
-
-def _read(
-    mapping: Mapping,
-    model: Model,
-    options: ExportOptions,
-    saved: Saved,
-    original: Original | None,
-    config: MappingOf[str, Any],
-) -> _Read:
-    """The mapping in the checkpoint's layout. Raises `layout-mismatch` where an option says another."""
-    scanned = saved.custom.get("scan_layers")
-    stated = None if not isinstance(scanned, bool) else LAYOUTS[0] if scanned else LAYOUTS[1]
-    if stated and options.layout and stated != options.layout:
-        raise _contradiction(stated, "its metadata says")
-    tried: list[_Read] = []
-    errors: list[InputError] = []
-    for layout in [stated] if stated else LAYOUTS:
-        try:
-            tried.append(_read_as(layout, mapping, model, options, saved, original, config))
-        except InputError as error:
-            errors.append(error)
-    if not tried:
-        raise errors[0]
-    best = min(tried, key=lambda r: (len(r.matched.missing) + len(r.matched.others), r.layout != options.layout))
-    if options.layout and best.layout != options.layout and not best.matched.missing:
-        raise _contradiction(best.layout, "its arrays are")
-    return best
-
-
-def _contradiction(layout: str, why: str) -> InputError:
-    option, other = ("--scan", "--no-scan") if layout == "scanned" else ("--no-scan", "--scan")
-    return fail("layout-mismatch", f"the checkpoint is {layout} ({why} so), {other} says otherwise", help=f"leave it out, or use {option}")
-
-
-def _read_as(
-    layout: str,
-    mapping: Mapping,
-    model: Model,
-    options: ExportOptions,
-    saved: Saved,
-    original: Original | None,
-    config: MappingOf[str, Any],
-) -> _Read:
-    given = dict(options.set)
-    dtypes = original.dtypes if original else None
-    stored = _most(saved.arrays)
-    choices = Options(layout=layout, dtype=stored, multimodal=options.multimodal)
-    while True:
-        dims = evaluate_dims(mapping, model, config, given)
-        names = {**dims, "config": config, "multimodal": options.multimodal, "dtype": stored}
-        supported(mapping, model, choices, names)
-        naming, graph = expand_namings(mapping, choices, dims, names, dtypes)
-        if _packed(graph):  # the original's tensors are packed codes: another naming may have them as plain numbers
-            plain = ((n, g) for n, g in all_namings(mapping, choices, dims, names, dtypes) if not _packed(g))
-            naming, graph = next(plain, (naming, graph))
-        read = _Read(layout, naming, dims, graph, match(graph, saved.arrays))
-        sizes = {n: s for n, s in _paddings(mapping, read).items() if n not in given}
-        if not sizes:
-            return read
-        given |= sizes
-
-
-def _packed(graph: Graph) -> bool:
-    """Whether tensors are stored in another shape than that of their numbers."""
-    found = (leaf for t in graph.targets for leaf in leaves(t.node))
-    return any(leaf.decoded is not None and leaf.decoded.stored.shape != leaf.each.shape for leaf in found)
-
-
-def _paddings(mapping: Mapping, read: _Read) -> dict[str, int]:
-    """Dims that are the sizes of padded axes, where the arrays have others than the mapping gives."""
-    by_rule: dict[str, dict[str, str]] = {}
-    for block, rules in [("", mapping.rules), *((f"{b.name}: ", b.rules) for b in mapping.blocks)]:
-        for rule in rules:
-            for op in rule.ops:
-                if op.name in ("pad", "resize"):
-                    ((axis, size),) = op.argument.items()
-                    if isinstance(size, str) and re.fullmatch(r"\w+", size) and size in mapping.dims:
-                        by_rule.setdefault(block + rule.target, {})[axis] = size
-    out = {}
-    for target in read.graph.targets:
-        array = read.matched.arrays.get(target.path)
-        axes = by_rule.get(target.rule)
-        if array is None or not axes or len(array.shape) != len(target.type.shape):
-            continue
-        for axis, found in zip(target.type.axes, array.shape, strict=True):
-            if axis.name in axes and axis.size != found:
-                out[axes[axis.name]] = found
-    return out
+    return _Export(mapping, model, options, saved, original, config, found).records()
 
 
 class _Export:
@@ -172,7 +55,7 @@ class _Export:
         saved: Saved,
         original: Original | None,
         config: MappingOf[str, Any],
-        read: _Read,
+        read: Reading,
     ) -> None:
         self.mapping, self.model, self.options = mapping, model, options
         self.saved, self.original, self.config, self.read = saved, original, config, read
@@ -242,7 +125,7 @@ class _Export:
     def _choices(self, arrays: tuple[plan.Array, ...]) -> plan.Choices:
         return plan.Choices(
             layout=self.read.layout,
-            dtype=_most(arrays),
+            dtype=most(arrays),
             multimodal=self.options.multimodal,
             shards=1,
             memory=self.options.memory,
@@ -372,7 +255,7 @@ class _Export:
         if twins:
             notes.append("some tensors are stored twice: the first array, by path, is taken, and a run compares the others with it")
         whole = bool(self.original and self.original.config)
-        config, changed = adapt(self.config, self.mapping, self.read.dims, self.cut, _most(arrays), whole)
+        config, changed = adapt(self.config, self.mapping, self.read.dims, self.cut, most(arrays), whole)
         for name, (was, now) in self.cut.items():
             reasons = {t.partial for t in self.targets if t.partial}
             notes.append(f"{was - now} of {was} rows of `{name}` are not written: {'; '.join(sorted(filter(None, reasons)))}")
@@ -389,14 +272,6 @@ def _contiguous(axis: AxisMap) -> bool:
 
 def _shown(arrays: list[SavedArray]) -> str:
     return arrays[0].name if len(arrays) == 1 else f"{arrays[0].name}, …"
-
-
-def _most(arrays: Sequence[plan.Array] | Sequence[SavedArray]) -> str:
-    """The dtype of most bytes; bfloat16 of none."""
-    count: dict[str, int] = {}
-    for array in arrays:
-        count[array.dtype] = count.get(array.dtype, 0) + array.nbytes
-    return max(count, key=lambda dtype: count[dtype], default="bfloat16")
 
 
 def _naturally(name: str) -> tuple[tuple[int, int | str], ...]:

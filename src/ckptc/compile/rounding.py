@@ -8,7 +8,7 @@ dtype. Followed for an element w of that dtype, with u = 2^-precision the most t
   so few digits that the product has no more than float32 holds;
 - rounding gives w again where the error is below half the distance to w's neighbours, at least u/2·|w|. So the export is exact
   where |w| > s / (u/2 - r), everywhere if s = 0 and r < u/2, and nowhere if r >= u/2;
-- elsewhere the difference is at most (r + u·(1 + r))·|w| + s·(1 + u).
+- elsewhere the difference is at most (r + u·(1 + r))·|w| + s·(1 + u), and half the original's smallest number.
 
 Numbers beyond the range of the stored dtype are not spoken of, nor are magnitudes below NEGLIGIBLE, where floats lose digits one by one.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +31,7 @@ Math = tuple[tuple[str, float | str], ...]
 
 EXACT = Exactness()
 NEGLIGIBLE = 2.0**-100  # thresholds below it are none: no weight is so small
+SMALL = -100  # exponent: a dtype whose normal numbers go on below it holds any weight's magnitude
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ def _format(dtype: str) -> _Format:
     return _Format(int(info.nmant) + 1, int(info.minexp), float(np.float64(info.smallest_subnormal)) / 2)
 
 
+@lru_cache(maxsize=1024)
 def invert_math(math_: Math, dtype: str) -> Math:
     """The steps back, in reverse: a factor becomes a division, a term is taken away, casts only lose digits. `dtype`: what is made."""
     if not is_float(dtype):
@@ -64,6 +67,7 @@ def invert_math(math_: Math, dtype: str) -> Math:
     return (*back, ("cast", dtype))
 
 
+@lru_cache(maxsize=1024)
 def exactness(forward: Math, stored: str, original: str) -> Exactness:
     """Of elements that were `original`, went through `forward` except for its last cast, are `stored` now, and become `original` again."""
     if not is_float(original):
@@ -80,37 +84,45 @@ def exactness(forward: Math, stored: str, original: str) -> Exactness:
     return track.result()
 
 
+_ANY = 1 << 10  # digits of a number of which nothing is known
+
+
 class _Track:
-    """The value a·w + b with an error of at most r·|w| + s, and how many digits it has if there is none."""
+    """The value a·w + b with an error of at most r·|w| + s, and how many digits it has."""
 
     def __init__(self, original: _Format) -> None:
         self.original, self.float32 = original, _format("float32")
         self.a, self.b, self.r, self.s = 1.0, 0.0, 0.0, 0.0
-        self.digits: int | None = original.precision  # None: any number
-        self.lowest = original.lowest
+        self.digits = original.precision
+        self.rounded = False
 
     def take(self, step: str, operand: float | str) -> None:
+        """A step of the conversion."""
         if step == "cast":
             self._round(_format(str(operand)))
             return
         value = float(operand)
         if step == "add":
             self.b += value
-            self.digits = None if value else self.digits
+            self.digits = _ANY if value else self.digits
         else:
             self._times(value)
-            self.digits = None if self.digits is None else self.digits + _digits(value)
+            self.digits += _digits(value)
         self._round(self.float32)
 
     def back(self, step: str, operand: float | str) -> None:
+        """The same step undone."""
         if step == "cast":
             return
         value = float(operand)
         if step == "add":
             self.b -= value
+            self.digits = _ANY if value else self.digits
         else:
             self._times(1 / value)
-            self.digits = None if self.digits is None else self.digits - _digits(value)
+            more = _digits(value)
+            # What was multiplied exactly is divided exactly; any other quotient goes on for ever.
+            self.digits = _ANY if more and self.rounded else self.digits - more
         self._round(self.float32)
 
     def _times(self, value: float) -> None:
@@ -118,13 +130,12 @@ class _Track:
 
     def _round(self, to: _Format) -> None:
         """To a dtype: nothing happens to a number that it holds."""
-        if self.digits is not None and self.digits <= to.precision:
-            # Numbers near the end of the range lose digits all the same; with bfloat16's and float32's range no weight is there.
-            self.s += 0.0 if to.lowest <= -100 or to.lowest <= self.lowest + min(0, _exponent(self.a)) else to.tiny
-            return
-        self.digits = None
-        self.r, self.s = self.r + to.unit * (abs(self.a) + self.r), self.s + to.unit * (abs(self.b) + self.s)
-        self.s += to.tiny
+        if self.digits > to.precision:
+            self.rounded, self.digits = True, to.precision
+            self.r, self.s = self.r + to.unit * (abs(self.a) + self.r), self.s + to.unit * (abs(self.b) + self.s)
+        moved = (self.a, self.b) == (1.0, 0.0) and not self.rounded
+        if to.lowest > (self.original.lowest if moved else min(self.original.lowest, SMALL)):
+            self.s += to.tiny
 
     def result(self) -> Exactness:
         half, u = self.original.unit / 2, self.original.unit
@@ -132,8 +143,8 @@ class _Track:
         if above is not None and above < NEGLIGIBLE:
             return EXACT
         relative = self.r + u * (1 + self.r)
-        absolute = self.s * (1 + u)
-        return Exactness(above, _up(relative), _up(absolute if absolute > NEGLIGIBLE else 0.0))
+        absolute = self.s * (1 + u) + self.original.tiny
+        return Exactness(None if above is None else _up(above), _up(relative), _up(absolute if absolute > NEGLIGIBLE else 0.0))
 
 
 def worst(found: Iterable[Exactness]) -> Exactness:
@@ -149,10 +160,6 @@ def _up(value: float) -> float:
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return float(f"{math.ceil(value / unit) * unit:.3g}")
-
-
-def _exponent(value: float) -> int:
-    return math.frexp(value)[1] - 1
 
 
 def _digits(value: float) -> int:

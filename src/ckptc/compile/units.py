@@ -11,15 +11,17 @@ budget goes, and the one that reads the least is taken; of equals the one that w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+
+import numpy as np
 
 from ckptc.diagnostics import fail
 from ckptc.ops.nest import Part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array
-from ckptc.plan.regions import axis_of, needs, strides
+from ckptc.plan.model import Array, Box
+from ckptc.plan.regions import Numbers, Region, axis_of, bases, needs, strides
 
 UNIT_MOST = 64 << 20  # bytes of buffers: larger reads gain nothing, unless a chunk is larger
 SAMPLE = 64  # tensors of a kind by which shapes of units are compared
@@ -60,11 +62,10 @@ def schedule(arrays: Sequence[Array], stored: Sequence[Stored], memory: int) -> 
     read = peak = 0
     memo: dict[object, _Choice] = {}
     for numbers in kinds.values():
-        members = [arrays[n] for n in numbers]
-        sources = tuple(stored[s.tensors[0]] for s in members[0].sources)
-        key = (members[0].shape, members[0].dtype, sources, tuple(a.parts for a in members))
+        kind = _Kind.of([arrays[n] for n in numbers], stored)
+        key = (kind.first.shape, kind.first.dtype, kind.sources, kind.first.parts, kind.begins.tobytes())
         if key not in memo:
-            memo[key] = _choose(members, sources, memory)
+            memo[key] = _choose(kind, memory)
         choice = memo[key]
         read, peak = read + choice.read, max(peak, choice.peak)
         for number in numbers:
@@ -81,24 +82,64 @@ class _Choice:
     peak: int
 
 
-def _choose(members: Sequence[Array], sources: Sequence[Stored], memory: int) -> _Choice:
-    first = members[0]
-    decoding = 2 * max(s.chunk_bytes for s in sources)  # a chunk as stored and as decoded
+@dataclass(frozen=True)
+class _Kind:
+    """Arrays that differ in where they begin alone."""
+
+    first: Array
+    begins: Numbers  # int64[arrays, parts]
+    sources: tuple[Stored, ...]
+
+    @staticmethod
+    def of(members: Sequence[Array], stored: Sequence[Stored]) -> _Kind:
+        return _Kind(members[0], bases(members), tuple(stored[s.tensors[0]] for s in members[0].sources))
+
+    def needs(self, batch: Numbers, box: Box) -> Iterator[tuple[Stored, Region]]:
+        """What a box of each of some members needs."""
+        for source, found in needs(self.first, self.begins[batch], box, [s.shape for s in self.sources]):
+            yield self.sources[source], found
+
+    def memory(self, batch: Numbers, unit: Sequence[int]) -> int:
+        """Bytes of buffers of a batch's first unit, which is as large as any: what is read, and one box made of it."""
+        box = tuple((0, min(u, n)) for u, n in zip(unit, self.first.shape, strict=True))
+        made = prod(high for _, high in box) * itemsize(self.first.dtype)
+        return made + sum(r.size * itemsize(s.dtype) for s, r in self.needs(batch, box))
+
+    def read(self, batch: Numbers, unit: Shape) -> int:
+        """Bytes decoded for all units of a batch."""
+        units = replace(self.first, unit=unit).units()
+        return sum(r.chunked(s.chunk, s.shape) * itemsize(s.dtype) for box in units for s, r in self.needs(batch, box))
+
+    def chunks(self) -> Numbers:
+        """Where in its array's grid of chunks each member begins: int64[arrays, axes]."""
+        source = self.sources[self.first.parts[0].source or 0]
+        rest, out = self.begins[:, 0], []
+        for step, c in zip(strides(source.shape), source.chunk, strict=True):
+            at, rest = np.divmod(rest, step)
+            out.append(at // c)
+        return np.stack(out, axis=1) if out else np.zeros((len(rest), 1), dtype=np.int64)
+
+
+def _choose(kind: _Kind, memory: int) -> _Choice:
+    first = kind.first
+    decoding = 2 * max(s.chunk_bytes for s in kind.sources)  # a chunk as stored and as decoded
     most = min(memory - decoding, max(UNIT_MOST, 2 * decoding))
-    order = _by_chunk(members, sources)
-    shared = _sharing(members, sources, order)
-    grains = [_grain(first.parts, axis, sources) for axis in range(len(first.shape))]
+    chunks = kind.chunks()
+    # By chunk, then as they lie in the array.
+    order = np.lexsort((kind.begins[:, 0], *reversed(chunks.T)))
+    shared = int(max(np.unique(chunks, axis=0, return_counts=True)[1]))
+    grains = [_grain(first.parts, axis, kind.sources) for axis in range(len(first.shape))]
     best: tuple[tuple[float, int, int], Shape, int] | None = None
     least = None
-    for together in sorted({1, shared, *(n for n in (2 * shared, 4 * shared, 8 * shared, len(members)) if n <= len(members))}):
+    for together in sorted({1, *(n for n in (shared, 2 * shared, 8 * shared) if n <= len(order)), len(order)}):
         sample = _batches(order[: max(SAMPLE // together, 1) * together], together)
-        for start in ((1,) * len(first.shape), tuple(grains)):
-            unit = _fitted(members, sources, sample[0], start, grains, most)
-            needed = _memory(members, sources, sample[0], unit)
+        for start in {(1,) * len(first.shape): None, tuple(grains): None}:
+            unit = _fitted(kind, sample[0], start, grains, most)
+            needed = kind.memory(sample[0], unit)
             least = needed if least is None else min(least, needed)
             if needed > most:
                 continue
-            each = sum(_read(members, sources, batch, unit) for batch in sample) / sum(map(len, sample))
+            each = sum(kind.read(batch, unit) for batch in sample) / sum(map(len, sample))
             key = (each, -_run(first.shape, unit), together)
             if best is None or key < best[0]:
                 best = (key, unit, together)
@@ -112,39 +153,13 @@ def _choose(members: Sequence[Array], sources: Sequence[Stored], memory: int) ->
         )
     _, unit, together = best
     batches = _batches(order, together)
-    read = sum(_read(members, sources, batch, unit) for batch in batches)
-    peak = max(_memory(members, sources, batch, unit) for batch in batches) + decoding
-    return _Choice(unit, tuple(tuple(b) for b in batches), read, peak)
+    read = sum(kind.read(batch, unit) for batch in batches)
+    peak = max(kind.memory(batch, unit) for batch in batches) + decoding
+    return _Choice(unit, tuple(tuple(b.tolist()) for b in batches), read, peak)
 
 
-def _by_chunk(members: Sequence[Array], sources: Sequence[Stored]) -> list[int]:
-    """The members in the order in which their chunks lie in the array."""
-
-    def key(number: int) -> tuple[Shape, int]:
-        part = members[number].parts[0]
-        return _chunk_of(part, sources), part.base
-
-    return sorted(range(len(members)), key=key)
-
-
-def _chunk_of(part: Part, sources: Sequence[Stored]) -> Shape:
-    stored, rest, out = sources[part.source or 0], part.base, []
-    for step, c in zip(strides(stored.shape), stored.chunk, strict=True):
-        at, rest = divmod(rest, step)
-        out.append(at // c)
-    return tuple(out)
-
-
-def _sharing(members: Sequence[Array], sources: Sequence[Stored], order: Sequence[int]) -> int:
-    """How many members begin in one chunk, at most."""
-    counts: defaultdict[Shape, int] = defaultdict(int)
-    for number in order:
-        counts[_chunk_of(members[number].parts[0], sources)] += 1
-    return max(counts.values())
-
-
-def _batches(order: Sequence[int], together: int) -> list[list[int]]:
-    return [list(order[i : i + together]) for i in range(0, len(order), together)]
+def _batches(order: Numbers, together: int) -> list[Numbers]:
+    return [order[i : i + together] for i in range(0, len(order), together)]
 
 
 def _grain(parts: Sequence[Part], axis: int, sources: Sequence[Stored]) -> int:
@@ -161,11 +176,9 @@ def _grain(parts: Sequence[Part], axis: int, sources: Sequence[Stored]) -> int:
     return 1
 
 
-def _fitted(
-    members: Sequence[Array], sources: Sequence[Stored], batch: Sequence[int], start: Shape, grains: Sequence[int], most: int
-) -> Shape:
+def _fitted(kind: _Kind, batch: Numbers, start: Shape, grains: Sequence[int], most: int) -> Shape:
     """The largest unit, grown from `start` along the axes of the tensor, fastest first, that fits in `most` bytes."""
-    shape, unit = members[0].shape, list(start)
+    shape, unit = kind.first.shape, list(start)
     for axis in reversed(range(len(shape))):
         grain = grains[axis]
         candidates = [shape[axis]]
@@ -178,34 +191,12 @@ def _fitted(
             if size <= unit[axis]:
                 break
             trial = [*unit[:axis], size, *unit[axis + 1 :]]
-            if _memory(members, sources, batch, trial) <= most:
+            if kind.memory(batch, trial) <= most:
                 unit[axis] = size
                 break
         if unit[axis] < shape[axis]:
             break
     return tuple(unit)
-
-
-def _memory(members: Sequence[Array], sources: Sequence[Stored], batch: Sequence[int], unit: Sequence[int]) -> int:
-    """Bytes of buffers of a batch's first unit, which is as large as any: what is read, and one box made of it."""
-    first = members[0]
-    box = tuple((0, min(u, n)) for u, n in zip(unit, first.shape, strict=True))
-    made = prod(high for _, high in box) * itemsize(first.dtype)
-    return made + sum(r.size * itemsize(sources[s].dtype) for s, r in needs([members[i] for i in batch], box, _shapes(sources)))
-
-
-def _read(members: Sequence[Array], sources: Sequence[Stored], batch: Sequence[int], unit: Shape) -> int:
-    """Bytes decoded for all units of a batch."""
-    arrays = [members[i] for i in batch]
-    return sum(
-        r.chunked(sources[s].chunk, sources[s].shape) * itemsize(sources[s].dtype)
-        for box in replace(arrays[0], unit=unit).units()
-        for s, r in needs(arrays, box, _shapes(sources))
-    )
-
-
-def _shapes(sources: Sequence[Stored]) -> list[Shape]:
-    return [s.shape for s in sources]
 
 
 def _run(shape: Shape, unit: Shape) -> int:

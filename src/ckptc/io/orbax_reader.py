@@ -80,8 +80,10 @@ def _holds_arrays(directory: Path) -> bool:
     return (directory / METADATA).is_file() or (directory / MANIFEST).is_file()
 
 
-def open_saved(given: Path) -> tuple[Saved, Path]:
+def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Path]:
     """What is saved in `given` or below it, and the directory of the items. Reads metadata only.
+
+    The optimizer's arrays are counted; with `optimizer`, they are listed with the others.
 
     Raises what `find_items` raises, `orbax-json`, `orbax-array`, and what `open_regular` raises.
     """
@@ -89,8 +91,8 @@ def open_saved(given: Path) -> tuple[Saved, Path]:
     files: list[SourceFile] = []
     leaves, zarr3, ocdbt = _tree(items, files)
     reader = ArrayReader(items, zarr3, ocdbt)
-    optimizer = sum(1 for path in leaves if path[0] in OPTIMIZER)
-    arrays = tuple(reader.describe([path for path in leaves if path[0] not in OPTIMIZER]))
+    left = [path for path in leaves if path[0] in OPTIMIZER and not optimizer]
+    arrays = tuple(reader.describe([path for path in leaves if path[0] not in OPTIMIZER or optimizer]))
     if ocdbt:
         files.append(_identity(items, MANIFEST))
     else:
@@ -98,7 +100,7 @@ def open_saved(given: Path) -> tuple[Saved, Path]:
         files += [_identity(items, f"{'.'.join(a.path)}/{name}") for a in arrays]
     place = os.path.relpath(items, given)
     custom = _custom(items.parent) or _custom(items)
-    return Saved(tuple(sorted(files, key=lambda f: f.name)), arrays, optimizer, custom, "" if place == "." else place), items
+    return Saved(tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, "" if place == "." else place), items
 
 
 def check_saved(items: Path, files: Sequence[SourceFile]) -> None:

@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,10 +109,10 @@ class CheckpointWriter:
         """
         item = data.itemsize
         view = memoryview(data.reshape(-1).view(np.uint8))
-        runs, length = _runs(shape, box)
-        descriptor, size = self._descriptors[file], length * item
-        for number, first in enumerate(runs):
-            _write_all(descriptor, view[number * size : (number + 1) * size], begin + first * item)
+        done = 0
+        for first, length in runs(shape, box):
+            _write_all(self._descriptors[file], view[done : done + length * item], begin + first * item)
+            done += length * item
 
     def read_box(
         self, file: int, begin: int, shape: Sequence[int], box: Sequence[tuple[int, int]], out: npt.NDArray[Any]
@@ -121,10 +120,10 @@ class CheckpointWriter:
         """Reads back what `write_box` wrote, into an array like its `data`."""
         item = out.itemsize
         view = memoryview(out.reshape(-1).view(np.uint8))
-        runs, length = _runs(shape, box)
-        size = length * item
-        for number, first in enumerate(runs):
-            part, at = view[number * size : (number + 1) * size], begin + first * item
+        done = 0
+        for first, length in runs(shape, box):
+            part, at = view[done : done + length * item], begin + first * item
+            done += length * item
             while part:
                 count = os.preadv(self._descriptors[file], [part], at)
                 if not count:
@@ -196,25 +195,18 @@ def _write_all(descriptor: int, view: memoryview, at: int) -> None:
         view, at = view[written:], at + written
 
 
-def _runs(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> tuple[Iterator[int], int]:
-    """The contiguous runs of a box, row-major: their first elements, and the length that all have."""
-    length, axis, stride = 1, len(shape), 1
+def runs(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The contiguous runs of a box in a row-major array: (first element, elements). All are of one length."""
+    axis, length = len(shape), 1
     while axis:
         axis -= 1
         low, high = box[axis]
         length *= high - low
         if (low, high) != (0, shape[axis]):
             break
-    inner = prod(shape[axis:])
-    begin = 0
-    for (low, _), n in zip(reversed(box[axis:]), reversed(shape[axis:]), strict=True):
-        begin, stride = begin + low * stride, stride * n
-
-    def firsts() -> Iterator[int]:
-        for corner in product(*(range(low, high) for low, high in box[:axis])):
-            row = 0
-            for i, n in zip(corner, shape[:axis], strict=True):
-                row = row * n + i
-            yield row * inner + begin
-
-    return firsts(), length
+    lows = [low for low, _ in box[axis:]]
+    for corner in product(*(range(low, high) for low, high in box[:axis])):
+        at = 0
+        for i, n in zip((*corner, *lows), shape, strict=True):
+            at = at * n + i
+        yield at, length

@@ -9,6 +9,7 @@ import numpy as np
 
 from ckptc.ops.base import Array, Inverse, Op, Parts
 from ckptc.ops.nest import AxisMap
+from ckptc.ops.rename import Rename
 from ckptc.ops.slicing import Slice
 from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
 
@@ -19,7 +20,7 @@ def _alike(inputs: Sequence[TensorType], op: str, skip: int | None = None) -> No
     first = inputs[0]
     for other in inputs[1:]:
         same = len(first.axes) == len(other.axes) and all(
-            a == b or (i == skip and a.name == b.name) for i, (a, b) in enumerate(zip(first.axes, other.axes, strict=True))
+            i == skip or a == b for i, (a, b) in enumerate(zip(first.axes, other.axes, strict=True))
         )
         if not same or first.dtype != other.dtype:
             raise OpError(f"`{op}` joins arrays of one type, but there are {first} and {other}")
@@ -27,22 +28,29 @@ def _alike(inputs: Sequence[TensorType], op: str, skip: int | None = None) -> No
 
 @dataclass(frozen=True, slots=True)
 class Concat(Op):
-    """One after the other along `axis`. Shape rule: that axis is the sum, all others are equal. One dtype. Exact."""
+    """One after the other along `axis`. Shape rule: that axis is the sum, all others are equal. One dtype. Exact.
+
+    The parts may call that axis by different names; one of them calls it `axis`, and so does the result.
+    """
 
     axis: str
     name = "concat"
     arity = None
 
+    def _position(self, inputs: Sequence[TensorType]) -> int:
+        named = next((t for t in inputs if any(a.name == self.axis for a in t.axes)), inputs[0])
+        return named.find(self.axis)
+
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
-        position = inputs[0].find(self.axis)
+        position = self._position(inputs)
         _alike(inputs, self.name, position)
         return replace_axis(inputs[0], position, Axis(self.axis, sum(t.axes[position].size for t in inputs)))
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
-        return np.concatenate(arrays, axis=inputs[0].find(self.axis))
+        return np.concatenate(arrays, axis=self._position(inputs))
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
-        position, offset, out = inputs[0].find(self.axis), 0, []
+        position, offset, out = self._position(inputs), 0, []
         for type_, own in zip(inputs, parts, strict=True):
             for part in own:
                 moved = AxisMap(part.axes[position].start + offset, part.axes[position].factors)
@@ -51,10 +59,11 @@ class Concat(Op):
         return out
 
     def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        out, offset = [], 0
+        out, offset, position = [], 0, self._position(inputs)
         for type_ in inputs:
-            size = type_.axes[type_.find(self.axis)].size
-            out.append(Inverse((Slice(((self.axis, offset, offset + size),)),)))
+            name, size = type_.axes[position].name, type_.axes[position].size
+            back = () if name == self.axis else (Rename(position, name),)
+            out.append(Inverse((Slice(((self.axis, offset, offset + size),)), *back)))
             offset += size
         return tuple(out)
 

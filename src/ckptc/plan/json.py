@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import fields, is_dataclass
 from functools import cache
+from math import isfinite
 from typing import Any, cast
 
 from jsonschema import Draft7Validator
@@ -103,7 +104,8 @@ def loads(text: str | bytes, name: str = "plan") -> Plan:
     if len(text) > MAX_BYTES:
         raise fail("invalid-plan", f"{name} is larger than a plan can be")
     try:
-        body = json.loads(text, parse_constant=_refuse, object_pairs_hook=_unique)
+        body = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
+        _compact(body).encode()  # half of a surrogate pair, which JSON can escape, is no text
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise fail(
@@ -132,6 +134,13 @@ def loads(text: str | bytes, name: str = "plan") -> Plan:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not isfinite(value):
+        raise ValueError(f"{digits} is larger than a number can be")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -181,6 +190,10 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
         if isinstance(source, dict) and isinstance(source.get("tensors"), list):
             lists.append(source["tensors"])
             source = {**source, "tensors": [0] * min(1, len(source["tensors"]))}
+            decode = source.get("decode")
+            if isinstance(decode, dict) and isinstance(decode.get("tensors"), list):
+                lists.append(decode["tensors"])
+                source["decode"] = {**decode, "tensors": [0] * min(1, len(decode["tensors"]))}
         short.append(source)
     parts = array.get("parts")
     if isinstance(parts, list):

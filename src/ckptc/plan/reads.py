@@ -25,6 +25,7 @@ from ckptc.ops.types import itemsize
 from ckptc.plan.model import Source
 
 WASTE = 2  # a run may be read with gaps as long as it is at most this many times the bytes needed
+GAP = 1 << 14  # elements: a longer gap is skipped, since a read of its own costs less than reading over it
 ALIGN = 16  # bytes: where a section of a buffer begins, whatever lies before it
 
 Loops = tuple[tuple[int, int], ...]  # (count, step), outermost first
@@ -161,12 +162,12 @@ def plan_read(part: Part) -> Read:
 
 
 def _runs(start: int, loops: Sequence[tuple[int, int]]) -> Read:
-    """From the innermost loop outwards, a loop joins the run while that, gaps included, stays within WASTE."""
+    """From the innermost loop outwards, a loop joins the run while its gaps are short and their sum stays within WASTE."""
     needed, extent, outer = 1, 1, len(loops)
     while outer > 0:
         count, step = loops[outer - 1]
         grown, wanted = (count - 1) * step + extent, needed * count
-        if grown > WASTE * wanted:
+        if grown > WASTE * wanted or step - extent > GAP:
             break
         needed, extent, outer = wanted, grown, outer - 1
     return Read(start, extent, tuple(loops[:outer]))

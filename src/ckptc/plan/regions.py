@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.plan.model import Array, Box
+
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +97,38 @@ def _join(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, i
     return low, stride, (high - low) // stride + 1
 
 
-def needs(arrays: Sequence[Array], box: Box, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[int, Region]]:
+def bases(arrays: Sequence[Array]) -> Numbers:
+    """Where the parts of alike arrays begin: int64[arrays, parts]."""
+    return np.array([[part.base for part in array.parts] for array in arrays], dtype=np.int64)
+
+
+def needs(array: Array, begins: Numbers, box: Box, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[int, Region]]:
     """What the same box of each of some alike arrays needs of each source: its position among theirs, and the region for all of them.
 
-    The arrays differ in their parts' bases alone; `shapes` are those of their sources.
+    The arrays differ from `array` in where their parts begin alone, which is `begins` (see `bases`); `shapes` are those of their sources.
     """
     found: dict[int, list[Region]] = {}
-    for number, part in enumerate(arrays[0].parts):
+    for number, part in enumerate(array.parts):
         source = part.source or 0
         for inside in restrict_part(part, box):
-            for array in arrays:
-                moved = replace(inside, base=inside.base - part.base + array.parts[number].base)
-                found.setdefault(source, []).append(region(moved, shapes[source]))
+            one = region(inside, shapes[source])
+            found.setdefault(source, []).append(_spread(one, begins[:, number] + (inside.base - part.base), shapes[source]))
     for source, regions in sorted(found.items()):
         yield source, union(regions)
+
+
+def _spread(one: Region, begins: Numbers, shape: Sequence[int]) -> Region:
+    """The union of a region and of the same one beginning elsewhere: at each of `begins`, elements of the array."""
+    if len(begins) == 1:
+        return one
+    axes, rest = [], begins
+    for (_, stride, count), step in zip(one.axes, strides(shape), strict=True):
+        starts, rest = np.divmod(rest, step)
+        low, high = int(starts.min()), int(starts.max()) + stride * (count - 1)
+        apart = int(np.gcd.reduce(starts - low))
+        common = gcd(apart, stride if count > 1 else 0) or 1
+        axes.append((low, common, (high - low) // common + 1))
+    return Region(tuple(axes))
 
 
 def within(part: Part, shape: Sequence[int], box: Region) -> Part:

@@ -96,6 +96,8 @@ class Decoder:
         table, each = TABLES[dtype]
         most = max(1, self._block // layout.length)
         columns = list(self._columns(layout))
+        evenly = _evenly(places)
+        codes = codes if evenly is None else codes[evenly]  # a view of the rows
         for low, high, shared in self._ranges(scale_places, most, layout.length):
             own = as_float32(scales[scale_places[low : low + 1 if shared else high]])
             for begin, end, groups, counts in columns:
@@ -103,7 +105,8 @@ class Decoder:
                 for first in range(low, high, most):
                     last = min(first + most, high)
                     part = out[first:last, begin:end]
-                    self._look_up(table, codes[_rows(places[first:last]), begin // each : end // each], part)
+                    which = slice(first, last) if evenly is not None else places[first:last]
+                    self._look_up(table, codes[which, begin // each : end // each], part)
                     np.multiply(part, wide, out=part)
 
     def _look_up(self, table: Array, codes: Array, out: Array) -> None:
@@ -140,13 +143,11 @@ def as_float32(scales: Array) -> Array:
     return scales.astype(np.float32)
 
 
-def _rows(places: Numbers) -> slice | Numbers:
-    """The rows at `places` as a slice, which is a view, where they follow each other evenly."""
+def _evenly(places: Numbers) -> slice | None:
+    """The places as a slice, if they follow each other evenly."""
     first, last = int(places[0]), int(places[-1])
     step = int(places[1]) - first if len(places) > 1 else 1
-    if step > 0 and last - first == step * (len(places) - 1) and (np.diff(places) == step).all():
-        return slice(first, last + 1, step)
-    return places
+    return slice(first, last + 1, step) if step > 0 and (np.diff(places) == step).all() else None
 
 
 def packed_rows(part: Part, rows: Rows) -> Part:

@@ -31,7 +31,7 @@ from ckptc.ops.nest import restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Array, Box, Plan
 from ckptc.plan.outputs import INDEX, Outputs, Padding, config_text, header, index
-from ckptc.plan.regions import Region, needs, within
+from ckptc.plan.regions import Numbers, Region, bases, needs, within
 from ckptc.run.kernel import Conversion, Kernel
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.worker import Bytes, target_loops
@@ -137,8 +137,9 @@ class Exporter:
         written = 0
         for batch in self.outputs.batches:
             arrays = [self.plan.arrays[n] for n in batch]
+            begins = bases(arrays)
             for box in arrays[0].units():
-                for number, array, values in self._boxes(batch, arrays, box):
+                for number, array, values in self._boxes(batch, arrays, begins, box):
                     file, begin = self.place(number)
                     self.writer.write_box(file, begin, array.shape, box, values)
                     written += values.nbytes
@@ -150,10 +151,12 @@ class Exporter:
         file = bisect_right(self._firsts, number) - 1
         return file, self.outputs.files[file].begins[number - self._firsts[file]]
 
-    def _boxes(self, numbers: Sequence[int], arrays: Sequence[Array], box: Box) -> Iterator[tuple[int, Array, npt.NDArray[Any]]]:
+    def _boxes(
+        self, numbers: Sequence[int], arrays: Sequence[Array], begins: Numbers, box: Box
+    ) -> Iterator[tuple[int, Array, npt.NDArray[Any]]]:
         """The same box of each of some alike arrays, from boxes of the stored arrays that are read for all of them at once."""
         sources = arrays[0].sources
-        regions = dict(needs(arrays, box, [s.shape for s in sources]))
+        regions = dict(needs(arrays[0], begins, box, [s.shape for s in sources]))
         held: dict[int, npt.NDArray[Any]] = {}
         self._held = _grown(self._held, sum(_nbytes(r, sources[s].dtype) for s, r in regions.items()))
         used = 0
@@ -191,7 +194,7 @@ class Exporter:
                 shape = tuple(high - low for low, high in box)
                 taken = np.empty(shape, dtype=numpy_dtype(twin.dtype))
                 self.writer.read_box(file, begin, twin.shape, box, taken)
-                ((_, _, values),) = self._boxes([number], [twin], box)
+                ((_, _, values),) = self._boxes([number], [twin], bases([twin]), box)
                 covered = _covered(twin, box)
                 if not np.array_equal(values[covered], taken[covered], equal_nan=True):
                     differ.setdefault(twin.rule, []).append(twin.name)

@@ -86,7 +86,8 @@ class Kernel:
         order = sorted(range(len(loops)), key=lambda i: -loops[i].source)  # the source's order
         back = tuple(int(i) for i in np.argsort(order))
         for corner in product(*(range(0, n, e) for n, e in zip(sizes, extents, strict=True))):
-            index = (*(slice(c, c + e) for c, e in zip(corner, extents, strict=True)), ...)  # `...`: a view, even of no axes
+            # With `...` the result is a view, even of no axes.
+            index: Any = (*(slice(c, c + e) for c, e in zip(corner, extents, strict=True)), ...)
             block = src[index].transpose(order)
             if moves:
                 scratch = self._a.view(source.dtype)[: block.size].reshape(block.shape)
@@ -151,7 +152,9 @@ def _view(flat: Array, start: int, sizes: tuple[int, ...], steps: tuple[int, ...
     if start < 0 or last >= flat.size:
         raise IndexError(f"elements {start} to {last} of a buffer of {flat.size}")
     item = flat.itemsize
-    return np.lib.stride_tricks.as_strided(flat[start:], sizes, tuple(s * item for s in steps))
+    # As plain integers first: numpy cannot make strided views of all of ml_dtypes' types.
+    view = np.lib.stride_tricks.as_strided(flat.view(raw(item))[start:], sizes, tuple(s * item for s in steps))
+    return view.view(flat.dtype)
 
 
 def _short(loops: list[Loop]) -> bool:

@@ -255,6 +255,7 @@ def custom_metadata(plan: Plan, digest: str, sums: dict[int, int]) -> dict[str, 
         "scan_layers": plan.choices.layout == "scanned",
         "ckptc": {
             "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family,
-            "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest, "checksum": checksum.NAME, "checksums": sealed,
+            "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest,
+            "checksum": checksum.NAME, "checksums": sealed,
         },
     }  # fmt: skip

@@ -1,0 +1,305 @@
+"""`ckptc export`, `ckptc diff`, and what `compile` and `run` do with plans of exports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptc.cli import arguments, render
+from ckptc.cli.progress import show_progress
+from ckptc.plan.model import Exactness, Plan
+
+if TYPE_CHECKING:
+    from ckptc.run.diff import Comparison, Difference
+
+MEMORY = 1024 * arguments.MIB  # of an export
+SHOWN = 40  # differences that are printed; --json has all
+
+
+def add_export(commands: Any) -> None:
+    """The parser of `export`."""
+    parser = commands.add_parser(
+        "export",
+        help="turn a MaxText checkpoint into safetensors",
+        description="The way back: reads an Orbax checkpoint, converted or trained, and writes what `transformers` loads. "
+        "Works from the same mapping; the output appears complete or not at all.",
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
+    parser.add_argument(
+        "--source", required=True, metavar="DIR", help="the checkpoint: its items, its step, or the directory of all steps (the last)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the safetensors files and config.json go")
+    compilation(parser)
+    parser.add_argument("-o", metavar="PLAN", dest="plan_file", help="write the plan to this file, too")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and stop there")
+    shown.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is in the output")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def compilation(parser: argparse.ArgumentParser) -> None:
+    """What decides an export's plan, beside the model and the source."""
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float16"],
+        help="of floating tensors (default: the original's, else bfloat16)",
+    )
+    parser.add_argument(
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether layers are stacked (default: what the checkpoint says; another is an error)",
+    )
+    parser.add_argument("--multimodal", action="store_true", help="export the vision and audio towers too")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=arguments.setting,
+        metavar="DIM=VALUE",
+        help="override a dim of the mapping; may be repeated",
+    )
+    parser.add_argument("--mapping", metavar="FILE", help="a mapping that is not among the shipped ones")
+    _original(parser)
+    parser.add_argument(
+        "--memory",
+        type=arguments.memory,
+        default=MEMORY,
+        metavar="SIZE",
+        help="budget for buffers: boxes read and made, and chunks being decoded, which are held whole (default: 1GiB)",
+    )
+
+
+def _original(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config-from",
+        metavar="DIR",
+        help="the original, or just its config.json and tokenizer: its config decides the dims and is written, its "
+        "tokenizer and generation files are copied, its tensors' names and dtypes are kept",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=arguments.size,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="bytes of tensors in a file at most, unless one tensor is larger (default: 5GB)",
+    )
+
+
+def compilation_too(parser: argparse.ArgumentParser) -> None:
+    """The options that `compile` has for exports besides its own."""
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="plan the way back: --source is an Orbax checkpoint, options mean what they mean to `ckptc export`",
+    )
+    _original(parser)
+    # What nobody has set has other defaults in either direction.
+    parser.set_defaults(scan=None, dtype=None, memory=None)
+
+
+def add_diff(commands: Any) -> None:
+    """The parser of `diff`."""
+    parser = commands.add_parser(
+        "diff",
+        help="compare two checkpoints",
+        description="Compares trees and values of two checkpoints, each safetensors or Orbax. Exit code 1 if they differ.",
+    )
+    parser.add_argument("first", metavar="A", help="a checkpoint's directory")
+    parser.add_argument("second", metavar="B", help="another")
+    parser.add_argument("--json", action="store_true", help="print everything that differs as JSON")
+    parser.add_argument("--memory", type=arguments.memory, default=256 * arguments.MIB, metavar="SIZE", help="budget for buffers")
+
+
+def compiled(args: argparse.Namespace) -> Plan:
+    """The plan of an export, from the options of `export` or of `compile --export`."""
+    from ckptc.cli.commands import find
+    from ckptc.compile.export import compile_export
+    from ckptc.compile.reading import ExportOptions
+    from ckptc.io.locate import remember
+    from ckptc.io.orbax_reader import open_saved
+    from ckptc.io.original import open_original
+    from ckptc.run.exporter import companions_digest
+
+    mapping, model = find(args)
+    saved, items = open_saved(Path(args.source))
+    original = open_original(Path(args.config_from)) if args.config_from else None
+    options = ExportOptions(
+        dtype=args.dtype,
+        multimodal=args.multimodal,
+        set=dict(args.set),
+        layout=None if args.scan is None else "scanned" if args.scan else "unscanned",
+        memory=args.memory or MEMORY,
+        max_shard=args.max_shard_size,
+    )
+    plan = compile_export(mapping, model, options, saved, original)
+    remember(plan.made.source or "", items)
+    if plan.outputs and plan.outputs.companions:
+        remember(companions_digest(plan.outputs), Path(args.config_from))
+    return plan
+
+
+def export(args: argparse.Namespace) -> None:
+    from ckptc.cli.commands import write_plan
+    from ckptc.plan.json import dumps
+
+    plan = compiled(args)
+    text = dumps(plan)
+    if args.plan_file:
+        write_plan(Path(args.plan_file), text, args.force)
+    if args.dump_plan:
+        sys.stdout.write(text)
+        return
+    if not args.json and not args.quiet:
+        print(summary(plan) + "\n")
+    execute(plan, json.loads(text)["digest"], args, Path(args.source), Path(args.config_from) if args.config_from else None)
+
+
+def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | None, companions: Path | None) -> None:
+    """Runs an export's plan, and says what it did."""
+    from ckptc.run.exporter import export as run_export
+    from ckptc.run.runner import Progress
+
+    with show_progress(enabled=not args.quiet and not args.json) as on_progress:
+        total = plan.totals.write_bytes
+        report = run_export(
+            plan,
+            Path(args.output),
+            source,
+            companions,
+            on_step=lambda written, name: on_progress(Progress(written, total, name)),
+            force=args.force,
+        )
+    if args.json:
+        exact = sum(1 for a in plan.arrays if a.exactness == Exactness())
+        record = {**asdict(report), "model": plan.made.model, "tensors": len(plan.arrays), "exact": exact, "plan": digest}
+        print(json.dumps(record))
+        return
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    rate = report.write_bytes / max(report.seconds, 1e-9)
+    print(
+        f"{plan.made.model}: {len(plan.arrays)} tensors, {render.size(report.write_bytes)} written to {report.output} "
+        f"in {report.seconds:.1f} s ({render.size(rate)}/s), {render.size(report.read_bytes)} decoded, "
+        f"peak memory {render.size(report.peak_resident_bytes)}"
+    )
+
+
+def summary_record(plan: Plan) -> dict[str, Any]:
+    """The summary as `compile --export --json` prints it."""
+    from ckptc.plan.json import encode
+
+    body = encode(plan)
+    outputs = {k: body["outputs"][k] for k in ("files", "companions", "padding", "notes")}
+    return {**{k: body[k] for k in ("made", "choices", "totals", "left_out")}, "outputs": outputs, "rules": _rules(plan)}
+
+
+def summary(plan: Plan) -> str:
+    """What an export would do: bytes, memory, what is left out, and for each rule whether it is exact."""
+    t, c, m, outputs = plan.totals, plan.choices, plan.made, plan.outputs
+    assert outputs is not None
+    files = len(outputs.files)
+    lines = [
+        f"{m.model} ({m.family}), {c.layout}, to {c.dtype}" + (", multimodal" if c.multimodal else ""),
+        f"reads   {render.size(t.read_bytes)} of {t.tensors} arrays, decoded chunks counted as often as they are read",
+        f"writes  {render.size(t.write_bytes)} in {t.arrays} tensors, {render.count(t.parameters)} parameters, "
+        f"{files} file{'s' if files != 1 else ''}",
+        f"memory  {render.size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {render.size(c.memory)}",
+        f"exact   {exact_line(plan)}",
+    ]
+    for x in plan.left_out:
+        what = f"skips   {x.tensors} array{'s' if x.tensors != 1 else ''}" if x.tensors else "omits   what conversions ignore"
+        lines.append(f"{what}: `{x.pattern}`: {x.reason}")
+    for p in outputs.padding:
+        low, high = p.box[p.axis] if p.box else (0, 1)
+        lines.append(f"checks  {high - low} rows of padding of `{plan.tensors[p.tensor].name}`")
+    lines += [f"note    {note}" for note in outputs.notes]
+    heading = ("RULE", "TENSORS", "BYTES", "FIRST", "EXACTNESS")
+    rows = [
+        (r["rule"], str(r["tensors"]), render.size(r["write_bytes"]), f"{r['dtype']}{r['shape']}", r["exactness"]) for r in _rules(plan)
+    ]
+    return "\n".join([*lines, "", render.table([heading, *rows])])
+
+
+def exact_line(plan: Plan) -> str:
+    exact = sum(1 for a in plan.arrays if a.exactness == Exactness())
+    if exact == len(plan.arrays):
+        return "every tensor that was not trained since it was converted comes back bit for bit"
+    return f"{exact} of {len(plan.arrays)} tensors come back bit for bit, if they were not trained since; the others are rounded"
+
+
+def exactness(x: Exactness | None) -> str:
+    """In words: `exact`, `exact above 3.06e-05, else within 0.00391 relative + 5.99e-08 absolute`."""
+    if x is None or x == Exactness():
+        return "exact"
+    bounds = [f"{x.relative:.3g} relative"] if x.relative else []
+    bounds += [f"{x.absolute:.3g} absolute"] if x.absolute else []
+    bound = "within " + " + ".join(bounds)
+    return bound if x.above is None else f"exact above {x.above:.3g}, else {bound}"
+
+
+def _rules(plan: Plan) -> list[dict[str, Any]]:
+    out: dict[tuple[str, str], dict[str, Any]] = {}
+    for array in plan.arrays:
+        shown = exactness(array.exactness)
+        record = out.setdefault(
+            (array.rule, shown),
+            {
+                "rule": array.rule,
+                "tensors": 0,
+                "shape": list(array.shape),
+                "dtype": array.dtype,
+                "ops": list(array.ops),
+                "write_bytes": 0,
+                "exactness": shown,
+            },
+        )
+        record["tensors"] += 1
+        record["write_bytes"] += array.nbytes
+    return list(out.values())
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Exit code 0 where both are the same, 1 where they differ."""
+    from ckptc.run.diff import compare, open_side
+
+    memory = args.memory
+    found = compare(open_side(Path(args.first), memory), open_side(Path(args.second), memory), memory)
+    if args.json:
+        # JSON has no infinity: a difference to one, or to what is no number, is null.
+        text = json.dumps(asdict(found)).replace("Infinity", "null")
+        print(text)
+    else:
+        print(differences(found))
+    return 1 if found.differences else 0
+
+
+def differences(found: Comparison) -> str:
+    lines = [_difference(d) for d in found.differences[:SHOWN]]
+    if len(found.differences) > SHOWN:
+        lines.append(f"… and {len(found.differences) - SHOWN} more; --json has all")
+    count = len(found.differences)
+    lines.append(
+        f"{found.equal} of {found.arrays} arrays that both have are equal bit for bit, {render.size(found.bytes)} compared"
+        + (f"; {count} difference{'s' if count != 1 else ''}" if count else "")
+    )
+    return "\n".join(lines)
+
+
+def _difference(d: Difference) -> str:
+    match d.kind:
+        case "missing":
+            return f"missing  {d.name}: {d.first}, not in the second"
+        case "extra":
+            return f"extra    {d.name}: {d.second}, not in the first"
+        case "shape":
+            return f"shape    {d.name}: {d.first}, {d.second}"
+    types = f" {d.first}, {d.second}:" if d.kind == "dtype" else ""
+    if not d.elements:
+        return f"{d.kind:<8} {d.name}:{types} the same numbers"
+    return f"{d.kind:<8} {d.name}:{types} {d.elements} elements differ, by at most {d.absolute:.3g}, {d.relative:.3g} of the larger"

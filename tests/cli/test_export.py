@@ -1,0 +1,100 @@
+"""`ckptc export`, `diff`, `compile --export`, and `run` of an export's plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ckptc.plan.model import Exactness
+from reference import DATA
+from tests.cli.conftest import Command
+
+GOLDEN = DATA / "golden/qwen3_moe"
+SAVED, ORIGINAL, MODEL = str(GOLDEN / "orbax/scan.dev16"), str(GOLDEN / "hf"), "qwen3-30b-a3b"
+
+
+def test_an_export_is_the_original(ckptc: Command) -> None:
+    done = ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL)
+    assert done.code == 0, done.err
+    assert "every tensor that was not trained since it was converted comes back bit for bit" in done.out
+    assert "66 tensors, 176 kB written to out" in done.out
+    same = ckptc("diff", "out", ORIGINAL)
+    assert (same.code, same.out) == (0, "66 of 66 arrays that both have are equal bit for bit, 176 kB compared\n")
+
+
+def test_the_report_as_json(ckptc: Command) -> None:
+    done = ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--json")
+    record = json.loads(done.out)
+    assert (record["tensors"], record["exact"], record["warnings"]) == (66, 66, [])
+
+
+def test_a_plan_is_compiled_and_run_apart(ckptc: Command) -> None:
+    """The same bytes each time; `run` finds the checkpoint where it was compiled from."""
+    options = ("--export", "--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL, "--max-shard-size", "50KB")
+    first = ckptc("compile", *options, "-o", "plan.json")
+    assert first.code == 0, first.err
+    dumped = ckptc("compile", *options, "--dump-plan").out
+    assert Path("plan.json").read_text("utf-8") == dumped
+    assert ckptc("run", "plan.json", "--output", "out").code == 0
+    assert (Path("out") / "model.safetensors.index.json").exists()
+    assert ckptc("diff", "out", ORIGINAL).code == 0
+    again = ckptc("run", "plan.json", "--output", "out")
+    assert again.code == 1 and "error[output-exists]" in again.err
+    assert ckptc("run", "plan.json", "--output", "out", "--force").code == 0
+
+
+def test_a_conversion_is_not_taken_for_an_export(ckptc: Command) -> None:
+    """`compile` without --export reads safetensors, with it Orbax."""
+    assert ckptc("compile", "--model", MODEL, "--source", ORIGINAL).code == 0
+    wrong = ckptc("compile", "--export", "--model", MODEL, "--source", ORIGINAL)
+    assert wrong.code == 1 and "error[no-orbax]" in wrong.err
+
+
+def test_a_contradicting_option_is_an_error(ckptc: Command) -> None:
+    wrong = ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--no-scan")
+    assert wrong.code == 1 and "error[layout-mismatch]" in wrong.err and not Path("out").exists()
+
+
+def test_without_the_original_a_tiny_model_does_not_fit(ckptc: Command) -> None:
+    wrong = ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out")
+    assert wrong.code == 1 and "error[array-mismatch]" in wrong.err and "--config-from" in wrong.err
+
+
+def test_companions_are_copied(ckptc: Command) -> None:
+    config = Path("original")
+    config.mkdir()
+    (config / "config.json").write_bytes((GOLDEN / "hf" / "config.json").read_bytes())
+    (config / "tokenizer.json").write_text("{}", "utf-8")
+    (config / "pytorch_model.bin").write_bytes(b"weights")
+    options = ("--model", MODEL, "--source", SAVED, "--config-from", "original", "--output", "out", "-o", "plan.json")
+    assert ckptc("export", *options).code == 0
+    assert sorted(p.name for p in Path("out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    (config / "tokenizer.json").write_text("{} ", "utf-8")
+    changed = ckptc("run", "plan.json", "--output", "other")
+    assert changed.code == 1 and "error[source-changed]" in changed.err
+
+
+def test_differences_are_told_and_counted(ckptc: Command) -> None:
+    ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--dtype", "float32")
+    found = ckptc("diff", "out", ORIGINAL)
+    assert found.code == 1 and "float32[48], bfloat16[48]: the same numbers" in found.out
+    record = json.loads(ckptc("diff", "out", ORIGINAL, "--json").out)
+    assert (record["arrays"], record["equal"], len(record["differences"])) == (66, 0, 66)
+    other = ckptc("diff", SAVED, ORIGINAL, "--json")
+    assert other.code == 1 and {d["kind"] for d in json.loads(other.out)["differences"]} == {"missing", "extra"}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (Exactness(), "exact"),
+        (Exactness(None, 0.0078, 0.0), "within 0.0078 relative"),
+        (Exactness(3.06e-5, 0.0039, 6e-8), "exact above 3.06e-05, else within 0.0039 relative + 6e-08 absolute"),
+    ],
+)
+def test_exactness_in_words(given: Exactness, text: str) -> None:
+    from ckptc.cli.export import exactness
+
+    assert exactness(given) == text

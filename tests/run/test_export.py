@@ -1,0 +1,319 @@
+"""There and back: what an export writes is the original, bit for bit where the plan says so, and within the stated bound elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors import safe_open
+
+from ckptc.compile.compiler import layouts
+from ckptc.compile.scope import matches
+from ckptc.diagnostics import InputError
+from ckptc.plan.model import Plan
+from ckptc.run.exporter import Exporter, export
+from ckptc.spec import mapping as spec
+from golden import compile_case, evaluate, known_cases, source_tensors
+from reference import DATA, GoldenCase
+from roundtrip import EXACT, broken_promises, converted, export_plan, exported
+
+CASES = {case.name: case for case in known_cases()}
+BOTH = [
+    (name, layout)
+    for name, case in CASES.items()
+    for layout in layouts(*spec.find_model(case.model))
+]
+# Tensors of which MaxText keeps less than there is: its vocabulary ends where text tokens end.
+CUT = {"gemma3": "language_model.model.embed_tokens.weight", "gemma3_mm": "language_model.model.embed_tokens.weight"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:.*donated")
+
+
+@pytest.fixture(autouse=True)
+def jax_with_64_bits() -> Iterator[None]:
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def ignored(case: GoldenCase) -> tuple[str, ...]:
+    """Patterns of tensors that the conversion leaves out."""
+    return tuple(x.pattern for x in compile_case(case).left_out)
+
+
+@pytest.mark.parametrize(("name", "layout"), BOTH)
+def test_there_and_back(name: str, layout: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    saved = converted(case, tmp_path / "orbax", layout=layout)
+    plan = export_plan(case, saved)
+    assert plan.choices.layout == layout
+    found, report = exported(plan, saved, tmp_path / "hf", case)
+    original = plain(case, plan)
+    if name in CUT:
+        rows = found[CUT[name]].shape[0]
+        assert rows < original[CUT[name]].shape[0]
+        original[CUT[name]] = original[CUT[name]][:rows]
+    assert broken_promises(plan, found, original) == []
+    left = [n for n in original if n not in found]
+    assert [n for n in left if not matches(n, *ignored(case))] == []
+    assert report.warnings == ()
+
+
+def plain(case: GoldenCase, plan: Plan) -> dict[str, Any]:
+    """The original's tensors; those stored as codes as the numbers they stand for, in the dtype of the export."""
+    tensors = dict(source_tensors(case.hf))
+    scales = {n for n in tensors if n.endswith(("_scale_inv", ".scale", "_scales"))}
+    dtypes = {a.name: a.dtype for a in plan.arrays}
+    for name, values in list(tensors.items()):
+        if values.dtype != ml_dtypes.float8_e4m3fn:
+            continue
+        scale = next(s for s in (f"{name}_scale_inv", name.removesuffix(".weight") + ".scale") if s in scales)
+        blocks = tensors.pop(scale).astype(np.float32)
+        config = json.loads((case.hf / "config.json").read_text("utf-8"))
+        block = config["quantization_config"].get("weight_block_size", [128, 128])
+        for axis, size in enumerate(block):
+            blocks = blocks.repeat(size, axis).take(range(values.shape[axis]), axis)
+        tensors[name] = (values.astype(np.float32) * blocks).astype(dtypes.get(name, "float32"))
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama3_1", "deepseek2"])
+def test_memory_changes_units_and_nothing_else(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    saved = converted(case, tmp_path / "orbax", layout="scanned", memory=8 << 10)  # in small chunks
+    usual, small = export_plan(case, saved), export_plan(case, saved, memory=24 << 10)
+    assert [a.unit for a in small.arrays] != [a.unit for a in usual.arrays]
+    assert small.totals.peak_memory_bytes <= 24 << 10
+    found, _ = exported(usual, saved, tmp_path / "usual", case)
+    again, _ = exported(small, saved, tmp_path / "small", case)
+    assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in again.items()}
+
+
+def test_buffers_are_as_large_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["mixtral"]
+    saved = converted(case, tmp_path / "orbax", layout="scanned", memory=8 << 10)
+    plan = export_plan(case, saved, memory=24 << 10)
+    held: list[int] = []
+    made = Exporter.tensors
+
+    def watched(self: Exporter, on_step: Any) -> Iterator[int]:
+        for step in made(self, on_step):
+            held.append(self.held_bytes)
+            yield step
+
+    monkeypatch.setattr(Exporter, "tensors", watched)
+    export(plan, tmp_path / "hf", saved, case.hf)
+    assert max(held) <= plan.totals.peak_memory_bytes <= 24 << 10
+
+
+def test_maxtexts_own_checkpoint(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    plan = export_plan(case, saved)
+    found, _ = exported(plan, saved, tmp_path / "hf", case)
+    assert {a.exactness for a in plan.arrays} == {EXACT}
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+    assert found.keys() == source_tensors(case.hf).keys()
+
+
+# --- what training leaves behind --------------------------------------------------------------------------------------
+
+
+def nested(arrays: dict[str, Any], leaf: bool = False) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parents, last = path.split("/")
+        at = tree
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[last] = {"value": array} if leaf else array
+    return tree
+
+
+def trained(case: GoldenCase, dtype: str | None = None, **changes: Any) -> dict[str, Any]:
+    arrays = evaluate(compile_case(case, **changes), case.hf)
+    return {n: np.asarray(a.astype(dtype) if dtype else a) for n, a in arrays.items()}
+
+
+def save(directory: Path, tree: Any, **options: Any) -> Path:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+        checkpointer.save(directory.resolve(), tree)
+    return directory
+
+
+STORED = [
+    {"use_ocdbt": True, "use_zarr3": True},
+    {"use_ocdbt": True, "use_zarr3": False},
+    {"use_ocdbt": False, "use_zarr3": True},
+    {"use_ocdbt": False, "use_zarr3": False},
+]
+
+
+@pytest.mark.parametrize("options", STORED, ids=str)
+@pytest.mark.parametrize("layout", ["scanned", "unscanned"])
+def test_a_train_state_in_float32(options: dict[str, bool], layout: str, tmp_path: Path) -> None:
+    """Optimizer state is passed over, the layout is read from the paths, numbers are rounded to the original's dtype."""
+    case = CASES["qwen3_moe"]
+    params = trained(case, "float32", layout=layout)
+    tree = nested(params)
+    moments = nested({f"mu/{n}": a for n, a in params.items()})
+    saved = save(tmp_path / "3" / "default", {"step": 3, **tree, "opt_state": [moments, {"count": np.int32(3)}]}, **options)
+    plan = export_plan(case, saved.parents[1])
+    assert plan.choices.layout == layout
+    assert [x.pattern for x in plan.left_out if x.tensors] == ["opt_state/*"]
+    found, _ = exported(plan, saved.parents[1], tmp_path / "hf", case)
+    assert {a.exactness for a in plan.arrays} == {EXACT}
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+
+
+def test_wide_storage_makes_scaled_tensors_exact(tmp_path: Path) -> None:
+    """Scaled queries and embeddings stored in float32 come back bit for bit, and the plan knows."""
+    case = CASES["gemma2"]
+    saved = converted(case, tmp_path / "orbax", layout="scanned", dtype="float32")
+    plan = export_plan(case, saved)
+    promises = {a.name: a.exactness for a in plan.arrays}
+    assert promises["model.embed_tokens.weight"] == promises["model.layers.0.self_attn.q_proj.weight"] == EXACT
+    found, _ = exported(plan, saved, tmp_path / "hf", case)
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+
+
+def test_an_nnx_tree_with_lists(tmp_path: Path) -> None:
+    case = CASES["llama3_1"]
+    params = trained(case, layout="unscanned")
+    arrays = {n.removeprefix("params/params/").replace("layers_", "layers/"): a for n, a in params.items()}
+    tree = {"model": nested(arrays, leaf=True), "optimizer": nested(arrays, leaf=True)}
+    saved = save(tmp_path / "items", tree)
+    plan = export_plan(case, saved)
+    found, _ = exported(plan, saved, tmp_path / "hf", case)
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+    assert [x.pattern for x in plan.left_out if x.tensors] == ["opt_state/*"]
+
+
+def test_a_vocabulary_that_training_padded_otherwise(tmp_path: Path) -> None:
+    """Sizes of padding are the checkpoint's own affair; rows that training changed are counted, not exported."""
+    case = CASES["gemma2"]
+    params = trained(case, layout="scanned", set={"padded_vocab": 176})
+    table = params["params/params/token_embedder/embedding"]
+    table[160:163] = 1
+    saved = save(tmp_path / "items", nested(params))
+    plan = export_plan(case, saved)
+    found, report = exported(plan, saved, tmp_path / "hf", case)
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+    vocab = found["model.embed_tokens.weight"].shape[0]
+    assert report.warnings == (
+        f"3 of the {176 - vocab} rows of padding of `params/params/token_embedder/embedding` carry trained values (they should be 0): "
+        "no tensor has a place for them, they are left out",
+    )
+
+
+@pytest.mark.parametrize("option", ["scanned", "unscanned"])
+def test_an_option_that_contradicts_the_checkpoint(option: str, tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    other = "unscanned" if option == "scanned" else "scanned"
+    by_metadata = converted(case, tmp_path / "orbax", layout=other)
+    by_paths = save(tmp_path / "items", nested(trained(case, layout=other)))
+    for saved in (by_metadata, by_paths):
+        with pytest.raises(InputError) as caught:
+            export_plan(case, saved, layout=option)
+        assert [d.code for d in caught.value.diagnostics] == ["layout-mismatch"]
+
+
+def test_missing_and_unknown_arrays_are_named(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    params = trained(case, layout="scanned")
+    params["params/params/decoder/final_norm/scale"] = params.pop("params/params/decoder/decoder_norm/scale")
+    with pytest.raises(InputError) as caught:
+        export_plan(case, save(tmp_path / "items", nested(params)))
+    assert [d.code for d in caught.value.diagnostics] == ["missing-array", "unknown-array"]
+    assert "decoder_norm/scale" in caught.value.diagnostics[0].message
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_files_are_what_transformers_writes(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    plan = export_plan(case, saved, max_shard=40_000)
+    found, _ = exported(plan, saved, tmp_path / "hf", case)
+    files = sorted(p.name for p in (tmp_path / "hf").iterdir())
+    shards = [n for n in files if n.startswith("model-")]
+    assert len(shards) > 2 and files == sorted(["config.json", "model.safetensors.index.json", *shards])
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text("utf-8"))
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in found.values())
+    for name in shards:
+        with safe_open(tmp_path / "hf" / name, "numpy") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert {t for t, f in index["weight_map"].items() if f == name} == set(file.keys())
+        assert (tmp_path / "hf" / name).stat().st_size <= 40_000 + 20_000
+    assert json.loads((tmp_path / "hf" / "config.json").read_text("utf-8")) == json.loads((case.hf / "config.json").read_text("utf-8"))
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["qwen3_moe"]
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    plan = export_plan(case, saved)
+
+    def broken(self: Exporter) -> Iterator[str]:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Exporter, "padding", broken)
+    with pytest.raises(OSError, match="gone"):
+        export(plan, tmp_path / "hf", saved, case.hf)
+    assert os.listdir(tmp_path / "hf") == []
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_told(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    output = tmp_path / "hf"
+    export(export_plan(case, saved, max_shard=40_000), output, saved, case.hf)
+    plan = export_plan(case, saved)
+    with pytest.raises(InputError) as caught:
+        export(plan, output, saved, case.hf)
+    assert caught.value.diagnostics[0].code == "output-exists"
+    export(plan, output, saved, case.hf, force=True)
+    assert sorted(os.listdir(output)) == ["config.json", "model.safetensors"]
+
+
+def test_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    saved = converted(case, tmp_path / "orbax", layout="scanned")
+    plan = export_plan(case, saved)
+    other = converted(case, tmp_path / "other", layout="scanned", shards=1)
+    with pytest.raises(InputError) as caught:
+        export(plan, tmp_path / "hf", other, case.hf)
+    assert {d.code for d in caught.value.diagnostics} == {"source-changed"}
+
+
+def test_chunks_larger_than_the_budget_are_refused_with_a_number_that_does(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    with pytest.raises(InputError) as caught:
+        export_plan(case, saved, memory=4096)
+    (found,) = caught.value.diagnostics
+    assert found.code == "too-little-memory" and found.help == "use --memory 1MiB"
+    export_plan(case, saved, memory=1 << 20)
+
+
+def test_without_the_original_names_and_config_are_the_mappings(tmp_path: Path) -> None:
+    case = CASES["qwen3_moe"]
+    config = json.loads((case.hf / "config.json").read_text("utf-8"))
+    mapping, _ = spec.find_model(case.model)
+    sizes = {n: v for n, v in compile_case(case).choices.dims if isinstance(v, int | float) and n in mapping.dims}
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    plan = export_plan(case, saved, original=False, set=sizes)
+    assert {a.name for a in plan.arrays} == source_tensors(case.hf).keys()
+    export(plan, tmp_path / "hf", saved)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
+    assert written["dtype"] == "bfloat16" and config
+    assert any("--config-from" in note for note in plan.outputs.notes) if plan.outputs else False
