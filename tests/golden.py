@@ -33,7 +33,7 @@ LAYOUTS = {"scan": "scanned", "unscan": "unscanned"}
 
 @dataclass(frozen=True)
 class Kept:
-    """Arrays that MaxText rounds on the way and ckptc does not: they keep the source's numbers, whatever the golden says."""
+    """Arrays that MaxText rounds on the way and ckptc does not: they keep the source's numbers."""
 
     case: str  # name of the golden case
     target: str  # regular expression of the paths
@@ -88,7 +88,7 @@ def compile_case(case: GoldenCase, **changes: Any) -> Plan:
 
 
 def evaluate(plan: Plan, source: Path, numbers: Iterable[int] | None = None) -> dict[str, Array]:
-    """The plan's arrays (or those of the given numbers), made by the executor's worker in this process, without Orbax."""
+    """The plan's arrays, or those of the given numbers, made by the worker in this process, without Orbax."""
     wanted = range(len(plan.arrays)) if numbers is None else numbers
     made: dict[int, Array] = {}
 
@@ -113,7 +113,9 @@ def differences(found: Arrays, expected: Arrays) -> list[str]:
     """What distinguishes two sets of arrays: paths, dtypes, shapes, or bits. Empty where they are the same."""
     out = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     out += [f"{name} is not expected" for name in sorted(found.keys() - expected.keys())]
-    return out + [d for name in sorted(found.keys() & expected.keys()) if (d := difference(name, found[name], expected[name]))]
+    return out + [
+        d for name in sorted(found.keys() & expected.keys()) if (d := difference(name, found[name], expected[name]))
+    ]
 
 
 def difference(name: str, a: Array, b: Array) -> str | None:
@@ -127,7 +129,7 @@ def difference(name: str, a: Array, b: Array) -> str | None:
 
 @functools.cache
 def expected_of(case: GoldenCase) -> Arrays:
-    """What a run must give: MaxText's arrays, and where `KEPT` says so the source's own numbers, in the golden's shape."""
+    """What a run must give: MaxText's arrays, and where `KEPT` says so the source's numbers in the golden's shape."""
     expected = dict(expected_arrays(case))
     for kept in (k for k in KEPT if k.case == case.name):
         tensors = source_tensors(case.hf)

@@ -50,7 +50,9 @@ def exported(plan: Plan, saved: Path, output: Path, case: GoldenCase) -> tuple[A
 
 
 def broken_promises(plan: Plan, found: Arrays, original: Mapping[str, Any]) -> list[str]:
-    """What is not as the plan says: names, shapes and dtypes of the original's tensors, values exact or within bounds."""
+    """What is not as the plan says: names, shapes and dtypes of the original's tensors, values exact or within
+    bounds.
+    """
     out = [f"{name} is missing" for name in sorted({a.name for a in plan.arrays} - found.keys())]
     out += [f"{name} is not the original's" for name in sorted(found.keys() - original.keys())]
     for array in plan.arrays:

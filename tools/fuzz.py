@@ -348,11 +348,11 @@ def main() -> int:
     codes: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     wrong: list[Outcome] = []
-    slowest, spent = 0.0, Counter[str]()
+    slowest, spent = Outcome("", 0, [], 0, [], 0.0, None), Counter[str]()
     for outcome in fuzz(kinds, args.count, args.seed, args.seconds, args.jobs):
         codes.update(set(outcome.said))
         ends[f"{outcome.kind}: exit code {outcome.code}"] += 1
-        slowest = max(slowest, outcome.seconds)
+        slowest = max(slowest, outcome, key=lambda o: o.seconds)
         spent[outcome.kind] += outcome.seconds
         if outcome.wrong:
             wrong.append(outcome)
@@ -360,7 +360,8 @@ def main() -> int:
     print("\n".join(f"{n:7.0f} s {kind}" for kind, n in spent.items()))
     print("\n".join(f"{n:7} {end}" for end, n in sorted(ends.items())))
     print("\n".join(f"{n:7} {code}" for code, n in codes.most_common()))
-    print(f"{sum(ends.values())} inputs, {len(wrong)} broke a promise; the slowest took {slowest:.1f} s")
+    print(f"{sum(ends.values())} inputs, {len(wrong)} broke a promise")
+    print(f"the slowest was {slowest.kind} {slowest.number}: {slowest.seconds:.1f} s {slowest.lies}")
     return 1 if wrong else 0
 
 

@@ -89,7 +89,7 @@ def make(rng: random.Random) -> Case:
     family = rng.choices(FAMILIES, (2, 2, 2, 1, 1, 1, 8))[0]
     case = Case([], {})
     data: dict[str, Any] = json.loads(_data(family))
-    models = list(data["models"])
+    models = list(data["models"])[:2]  # the largest of a family take seconds, broken or not
     if rng.random() < 0.35:
         text, what = _text(rng, text_of(family).encode())
         case.lies.append(what)

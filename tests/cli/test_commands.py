@@ -345,6 +345,19 @@ def test_a_refusal_of_the_system_is_not_called_a_bug(ckptc: Command, monkeypatch
     assert (done.code, "Input/output error: '/mnt/a'" in done.err, "bug" in done.err) == (2, True, False)
 
 
+def test_a_machine_without_memory_is_an_error_with_advice(
+    ckptc: Command, mapping: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ckptc.run.worker.Worker.make", make)
+    done = ckptc(*CONVERT, "--output", "out", "--jobs", "1")
+    assert (done.code, done.out) == (1, "")
+    assert "error[out-of-memory]" in done.err and "--memory" in done.err
+    assert not Path("out/0").exists()
+
+
 def test_an_interrupt_exits_130(ckptc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def models(_: object) -> None:
         raise KeyboardInterrupt

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.cli.conftest import Command
 
 from ckptc.plan.model import Exactness
 from reference import DATA
-from tests.cli.conftest import Command
 
 GOLDEN = DATA / "golden/qwen3_moe"
 SAVED, ORIGINAL, MODEL = str(GOLDEN / "orbax/scan.dev16"), str(GOLDEN / "hf"), "qwen3-30b-a3b"
@@ -53,7 +53,9 @@ def test_a_conversion_is_not_taken_for_an_export(ckptc: Command) -> None:
 
 
 def test_a_contradicting_option_is_an_error(ckptc: Command) -> None:
-    wrong = ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--no-scan")
+    wrong = ckptc(
+        "export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--no-scan"
+    )
     assert wrong.code == 1 and "error[layout-mismatch]" in wrong.err and not Path("out").exists()
 
 
@@ -77,7 +79,19 @@ def test_companions_are_copied(ckptc: Command) -> None:
 
 
 def test_differences_are_told_and_counted(ckptc: Command) -> None:
-    ckptc("export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--dtype", "float32")
+    ckptc(
+        "export",
+        "--model",
+        MODEL,
+        "--source",
+        SAVED,
+        "--output",
+        "out",
+        "--config-from",
+        ORIGINAL,
+        "--dtype",
+        "float32",
+    )
     found = ckptc("diff", "out", ORIGINAL)
     assert found.code == 1 and "float32[48], bfloat16[48]: the same numbers" in found.out
     record = json.loads(ckptc("diff", "out", ORIGINAL, "--json").out)

@@ -1,4 +1,6 @@
-"""The inverse of index nests: whatever the ops, the parts of a tensor take from the array just what the array took from it."""
+"""The inverse of index nests: whatever the ops, the parts of a tensor take from the array just what the array took
+from it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tests.ops.evaluate import elements
 from tests.ops.strategies import Made, apply, chains, leaf
 
@@ -17,7 +18,7 @@ from ckptc.compile.fold import Folded
 from ckptc.compile.invert import Inverted, invert
 from ckptc.diagnostics import Span
 from ckptc.ir.graph import Fill, Graph, Leaf, Target
-from ckptc.ops import Axis, Concat, Pad, Slice, TensorType, Transpose
+from ckptc.ops import Axis, Concat, Pad, Rearrange, Slice, SplitLast, TensorType, Transpose
 from ckptc.ops.nest import Part
 from ckptc.plan.regions import Region, axis_of, region, strides, union, within
 
@@ -98,6 +99,19 @@ def flat(box: Region, shape: tuple[int, ...]) -> list[int]:
     return [sum(i * s for i, s in zip(index, steps, strict=True)) for index in product(*ranges)]
 
 
+def test_rows_that_do_not_fit_are_cut() -> None:
+    """[3, 2] as [2, 3]: the rows of one begin within those of the other."""
+    rows, columns = Axis("c", 3), Axis("d", 2)
+    made = leaf(TensorType((rows, columns), "float32"), 1, 0, 0)
+    made = apply(Rearrange(((rows,), (columns,)), ((rows, columns),)), [made])
+    made = apply(SplitLast((Axis("x", 2), Axis("y", 3))), [made])
+    tensors, _ = inverted(made)
+    assert set(inverse_pairs(made, tensors)) == forward_pairs(made)
+    for part in tensors["0.0"].pieces[0].template.parts:
+        wanted = [element for _, _, element in elements(part)]
+        assert set(wanted) <= set(flat(region(part, (2, 3)), (2, 3)))
+
+
 def test_padding_comes_from_no_tensor() -> None:
     made = apply(Pad("a", 6), [leaf(TensorType((Axis("a", 4), Axis("b", 2)), "float32"), 1, 0, 0)])
     _, constants = inverted(made)
@@ -126,7 +140,10 @@ def test_parts_of_one_array_belong_to_several_tensors() -> None:
     type_ = TensorType((Axis("a", 2), Axis("b", 3)), "float32")
     made = apply(Concat("a"), [leaf(type_, n, n, 0) for n in range(2)])
     tensors, _ = inverted(made)
-    assert {n: t.pieces[0].offset + t.pieces[0].template.parts[0].base for n, t in tensors.items()} == {"0.0": 0, "1.0": 6}
+    assert {n: t.pieces[0].offset + t.pieces[0].template.parts[0].base for n, t in tensors.items()} == {
+        "0.0": 0,
+        "1.0": 6,
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,7 +155,9 @@ def test_parts_of_one_array_belong_to_several_tensors() -> None:
         ([(0, 2, 3), (1, 1, 1)], (0, 1, 5)),
     ],
 )
-def test_a_union_holds_both_and_keeps_common_strides(boxes: list[tuple[int, int, int]], joined: tuple[int, int, int]) -> None:
+def test_a_union_holds_both_and_keeps_common_strides(
+    boxes: list[tuple[int, int, int]], joined: tuple[int, int, int]
+) -> None:
     assert union(Region((b,)) for b in boxes).axes == (joined,)
 
 

@@ -22,7 +22,9 @@ MOVED: Math = ()
 def numbers(dtype: str) -> Any:
     """Every number of a 16-bit dtype, or very many of float32, with magnitudes that weights have."""
     if dtype == "float32":
-        values = (np.random.default_rng(1).standard_normal(1 << 18) * np.exp2(np.arange(1 << 18) % 40 - 30)).astype(np.float32)
+        values = (np.random.default_rng(1).standard_normal(1 << 18) * np.exp2(np.arange(1 << 18) % 40 - 30)).astype(
+            np.float32
+        )
     else:
         values = np.arange(1 << 16, dtype=np.uint16).view(getattr(ml_dtypes, dtype, dtype))
     with np.errstate(invalid="ignore"):
@@ -45,7 +47,9 @@ def convert(values: Any, conversion: Conversion) -> Any:
 
 @pytest.mark.parametrize("original", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("stored", ["bfloat16", "float32", "float16", "float8_e4m3fn"])
-@pytest.mark.parametrize("forward", [MOVED, POWER, SHORT, SCALE, NORM], ids=["moved", "power", "short", "scale", "norm"])
+@pytest.mark.parametrize(
+    "forward", [MOVED, POWER, SHORT, SCALE, NORM], ids=["moved", "power", "short", "scale", "norm"]
+)
 def test_the_promise_is_kept_by_every_number(original: str, stored: str, forward: Math) -> None:
     promise = exactness(forward, stored, original)
     values = numbers(original)
@@ -94,6 +98,14 @@ def test_a_norm_in_float32_is_exact_above_a_magnitude() -> None:
 def test_whole_numbers_are_exact_unless_stored_as_floats() -> None:
     assert exactness((), "int32", "int64") == EXACT
     assert exactness((), "bfloat16", "int64") == Exactness(None, 2.0**-8, 0.0)
+
+
+def test_a_factor_is_taken_back_by_a_division() -> None:
+    """Times the inverse would round twice."""
+    values = np.random.default_rng(2).standard_normal(10_000).astype(np.float32)
+    found = convert(values, Conversion("float32", "float32", (("unscale", 7.2),)))
+    assert found.tobytes() == (values / np.float32(7.2)).tobytes()
+    assert found.tobytes() != (values * np.float32(1 / np.float32(7.2))).tobytes()
 
 
 def test_steps_are_taken_back_in_reverse() -> None:

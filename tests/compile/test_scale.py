@@ -39,7 +39,12 @@ def shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{layer}.mlp.experts.{expert}.up_proj.weight", (mlp, embed)
             yield f"{layer}.mlp.experts.{expert}.down_proj.weight", (embed, mlp)
         yield f"{layer}.mlp.gate.weight", (config["num_experts"], embed)
-        for name, shape in (("q", (queries, embed)), ("k", (keys, embed)), ("v", (keys, embed)), ("o", (embed, queries))):
+        for name, shape in (
+            ("q", (queries, embed)),
+            ("k", (keys, embed)),
+            ("v", (keys, embed)),
+            ("o", (embed, queries)),
+        ):
             yield f"{layer}.self_attn.{name}_proj.weight", shape
         yield f"{layer}.self_attn.q_norm.weight", (head,)
         yield f"{layer}.self_attn.k_norm.weight", (head,)

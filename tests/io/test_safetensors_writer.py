@@ -21,7 +21,12 @@ def array(name: str, shape: tuple[int, ...], dtype: str) -> Array:
     return Array((name,), shape, dtype, shape, shape, (1,) * n, (None,) * n, "rule", (), (), ())
 
 
-ARRAYS = [array("a", (3, 5), "bfloat16"), array("b", (7,), "float32"), array("c", (), "float32"), array("d", (2, 2), "int64")]
+ARRAYS = [
+    array("a", (3, 5), "bfloat16"),
+    array("b", (7,), "float32"),
+    array("c", (), "float32"),
+    array("d", (2, 2), "int64"),
+]
 
 
 def spec(most: int = 10**6) -> tuple[tuple[Array, ...], list[FileSpec], list[tuple[int, int]]]:
@@ -32,7 +37,9 @@ def spec(most: int = 10**6) -> tuple[tuple[Array, ...], list[FileSpec], list[tup
 
 
 def test_dtypes_are_named_as_the_reader_reads_them() -> None:
-    assert {code: name for name, code in DTYPES.items()}.items() <= {code: name for code, (name, _) in READ.items()}.items()
+    assert {code: name for name, code in DTYPES.items()}.items() <= {
+        code: name for code, (name, _) in READ.items()
+    }.items()
 
 
 @pytest.mark.parametrize("most", [10**6, 30])

@@ -286,11 +286,20 @@ def test_restricting_an_axis_keeps_the_indices_inside(axis: AxisMap, low: int, l
 
 
 @settings(relaxed, max_examples=300)
-@given(axis_maps(), st.integers(1, 12))
-def test_splitting_an_axis_keeps_every_index(axis: AxisMap, inner: int) -> None:
+@given(axis_maps(), st.integers(1, 12), st.booleans())
+def test_splitting_an_axis_keeps_every_index(axis: AxisMap, inner: int, join: bool) -> None:
     found: dict[int, tuple[int, int]] = {}
-    for outer, rest, step, tensor in split_axis(axis, inner):
+    for outer, rest, step, tensor in split_axis(axis, inner, join):
         assert well_formed(outer) and well_formed(rest) and rest.stop <= inner
+        if not join:  # every loop is part of one of the axis' loops: as far in the index, as far at the source
+            loops = [(f.weight * inner, f.step, f.tensor) for f in outer.factors if f.size > 1]
+            loops += [(f.weight, f.step, f.tensor) for f in rest.factors if f.size > 1]
+            for weight, at, tensors in loops:
+                assert any(
+                    weight % f.weight == 0
+                    and (at, tensors) == (f.step * (weight // f.weight), f.tensor * (weight // f.weight))
+                    for f in axis.factors
+                )
         for (i, (s, t)), (j, (u, v)) in [(x, y) for x in places(outer).items() for y in places(rest).items()]:
             assert i * inner + j not in found
             found[i * inner + j] = (s + u + step, t + v + tensor)

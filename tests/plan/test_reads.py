@@ -18,6 +18,7 @@ from ckptc.ops.dequant import RowLayout
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part, whole
 from ckptc.plan.model import Decode, Source
 from ckptc.plan.reads import (
+    GAP,
     WASTE,
     Read,
     aligned,
@@ -174,6 +175,14 @@ def test_rows_of_several_runs_have_their_place_in_what_is_read() -> None:
     rows = plan_rows(part, rows_of_length(4, 300 * 4))
     assert rows.read.runs() == [(n * 4, 8) for n in (0, 10, 100, 110, 200, 210)]
     assert rows.places().tolist() == list(range(12))
+
+
+def test_rows_with_long_rows_between_are_read_apart() -> None:
+    """Every other row: one read over those between while they are short, else a read for each."""
+    for length, reads in ((GAP, 1), (GAP + 1, 4)):
+        rows = plan_rows(Part(0, 0, 0, (whole(4, 2 * length), whole(length, 1))), rows_of_length(length, 8 * length))
+        assert len(rows.read.runs()) == reads
+        assert rows.places().tolist() == ([0, 2, 4, 6] if reads == 1 else [0, 1, 2, 3])
 
 
 # --- rows of scales ---------------------------------------------------------------------------------------------------

@@ -98,6 +98,13 @@ def test_damage_is_seen(damage: Callable[[Array], None]) -> None:
     assert total(array, (8, 3000)) != right
 
 
+def test_stretches_of_one_chunk_in_each_others_place_are_seen() -> None:
+    """As long as the blocks that are summed on their own."""
+    data = noise(3 * BLOCK)
+    right = Summer().chunk(0, data)
+    assert Summer().chunk(0, np.roll(data, BLOCK)) != right
+
+
 def test_signs_of_any_two_elements_of_zero_are_seen() -> None:
     """The highest bit of a lane is where a plain weighted sum would be blind: two of them add to nothing."""
     summer, zeros = Summer(), np.zeros(64, dtype=np.uint16)
@@ -114,6 +121,7 @@ def test_a_chunk_that_is_missing_or_there_twice_is_seen() -> None:
     for n in range(5):
         assert add(*chunks[:n], *chunks[n + 1 :]) != right
         assert add(*chunks, chunks[n]) != right
+        assert add(*chunks, chunks[n], chunks[n]) != right
 
 
 def test_bytes_that_are_zero_count() -> None:

@@ -1,4 +1,6 @@
-"""There and back: what an export writes is the original, bit for bit where the plan says so, and within the stated bound elsewhere."""
+"""There and back: what an export writes is the original, bit for bit where the plan says so, and within the stated
+bound elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,7 @@ from reference import DATA, GoldenCase
 from roundtrip import EXACT, broken_promises, converted, export_plan, exported
 
 CASES = {case.name: case for case in known_cases()}
-BOTH = [
-    (name, layout)
-    for name, case in CASES.items()
-    for layout in layouts(*spec.find_model(case.model))
-]
+BOTH = [(name, layout) for name, case in CASES.items() for layout in layouts(*spec.find_model(case.model))]
 # Tensors of which MaxText keeps less than there is: its vocabulary ends where text tokens end.
 CUT = {"gemma3": "language_model.model.embed_tokens.weight", "gemma3_mm": "language_model.model.embed_tokens.weight"}
 
@@ -74,7 +72,7 @@ def plain(case: GoldenCase, plan: Plan) -> dict[str, Any]:
     scales = {n for n in tensors if n.endswith(("_scale_inv", ".scale", "_scales"))}
     dtypes = {a.name: a.dtype for a in plan.arrays}
     for name, values in list(tensors.items()):
-        if values.dtype != ml_dtypes.float8_e4m3fn:
+        if values.dtype != ml_dtypes.float8_e4m3fn or dtypes.get(name) == "float8_e4m3fn":
             continue
         scale = next(s for s in (f"{name}_scale_inv", name.removesuffix(".weight") + ".scale") if s in scales)
         blocks = tensors.pop(scale).astype(np.float32)
@@ -84,6 +82,27 @@ def plain(case: GoldenCase, plan: Plan) -> dict[str, Any]:
             blocks = blocks.repeat(size, axis).take(range(values.shape[axis]), axis)
         tensors[name] = (values.astype(np.float32) * blocks).astype(dtypes.get(name, "float32"))
     return tensors
+
+
+def test_codes_that_a_checkpoint_holds_stay_codes_and_the_config_says_so(tmp_path: Path) -> None:
+    """Whether or not the original is at hand to tell."""
+    case = CASES["qwen3_5_fp8"]
+    saved = converted(case, tmp_path / "orbax", layout="unscanned")
+    plan = export_plan(case, saved)
+    config = json.loads((case.hf / "config.json").read_text("utf-8"))
+    assert plan.outputs and plan.outputs.config["quantization_config"] == config["quantization_config"]
+    assert {a.name: a.dtype for a in plan.arrays}.items() >= {
+        (n, "float8_e4m3fn") for n, a in source_tensors(case.hf).items() if a.dtype == ml_dtypes.float8_e4m3fn
+    }
+    sizes = {n: v for n, v in plan.choices.dims if isinstance(v, int | float)}
+    alone = export_plan(case, saved, original=False, set=sizes)
+    assert {a.name: a.dtype for a in alone.arrays} == {a.name: a.dtype for a in plan.arrays}
+    decoded = converted(case, tmp_path / "decoded", layout="unscanned", dtype="bfloat16")
+    plan = export_plan(case, decoded)
+    assert plan.outputs and "quantization_config" not in plan.outputs.config
+    assert {a.dtype for a in plan.arrays} <= {"bfloat16", "float32"}
+    found, _ = exported(plan, decoded, tmp_path / "hf", case)
+    assert broken_promises(plan, found, plain(case, plan)) == []
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama3_1", "deepseek2"])
@@ -161,12 +180,16 @@ STORED = [
 @pytest.mark.parametrize("options", STORED, ids=str)
 @pytest.mark.parametrize("layout", ["scanned", "unscanned"])
 def test_a_train_state_in_float32(options: dict[str, bool], layout: str, tmp_path: Path) -> None:
-    """Optimizer state is passed over, the layout is read from the paths, numbers are rounded to the original's dtype."""
+    """Optimizer state is passed over, the layout is read from the paths, numbers are rounded to the original's
+    dtype.
+    """
     case = CASES["qwen3_moe"]
     params = trained(case, "float32", layout=layout)
     tree = nested(params)
     moments = nested({f"mu/{n}": a for n, a in params.items()})
-    saved = save(tmp_path / "3" / "default", {"step": 3, **tree, "opt_state": [moments, {"count": np.int32(3)}]}, **options)
+    saved = save(
+        tmp_path / "3" / "default", {"step": 3, **tree, "opt_state": [moments, {"count": np.int32(3)}]}, **options
+    )
     plan = export_plan(case, saved.parents[1])
     assert plan.choices.layout == layout
     assert [x.pattern for x in plan.left_out if x.tensors] == ["opt_state/*"]
@@ -210,8 +233,8 @@ def test_a_vocabulary_that_training_padded_otherwise(tmp_path: Path) -> None:
     assert broken_promises(plan, found, source_tensors(case.hf)) == []
     vocab = found["model.embed_tokens.weight"].shape[0]
     assert report.warnings == (
-        f"3 of the {176 - vocab} rows of padding of `params/params/token_embedder/embedding` carry trained values (they should be 0): "
-        "no tensor has a place for them, they are left out",
+        f"3 of the {176 - vocab} rows of padding of `params/params/token_embedder/embedding` carry trained values "
+        "(they should be 0): no tensor has a place for them, they are left out",
     )
 
 
@@ -221,10 +244,11 @@ def test_an_option_that_contradicts_the_checkpoint(option: str, tmp_path: Path) 
     other = "unscanned" if option == "scanned" else "scanned"
     by_metadata = converted(case, tmp_path / "orbax", layout=other)
     by_paths = save(tmp_path / "items", nested(trained(case, layout=other)))
-    for saved in (by_metadata, by_paths):
+    for saved, why in ((by_metadata, "its metadata says so"), (by_paths, "its arrays are so")):
         with pytest.raises(InputError) as caught:
             export_plan(case, saved, layout=option)
-        assert [d.code for d in caught.value.diagnostics] == ["layout-mismatch"]
+        (found,) = caught.value.diagnostics
+        assert found.code == "layout-mismatch" and why in found.message
 
 
 def test_missing_and_unknown_arrays_are_named(tmp_path: Path) -> None:
@@ -255,7 +279,9 @@ def test_files_are_what_transformers_writes(tmp_path: Path) -> None:
             assert file.metadata() == {"format": "pt"}
             assert {t for t, f in index["weight_map"].items() if f == name} == set(file.keys())
         assert (tmp_path / "hf" / name).stat().st_size <= 40_000 + 20_000
-    assert json.loads((tmp_path / "hf" / "config.json").read_text("utf-8")) == json.loads((case.hf / "config.json").read_text("utf-8"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text("utf-8")) == json.loads(
+        (case.hf / "config.json").read_text("utf-8")
+    )
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

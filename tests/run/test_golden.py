@@ -20,7 +20,7 @@ from golden import KEPT, Arrays, Kept, compile_case, difference, differences, ev
 from reference import GoldenCase, expected_arrays, golden_cases
 
 CASES = {case.id: case for case in known_cases()}
-# One scanned and one unscanned case: with experts, where both kinds of stacking meet, and with arithmetic, padding and interleaving.
+# One scanned and one unscanned case: with experts, where both kinds of stacking meet; with arithmetic and interleaving.
 VARIED = ["qwen3_moe.scan", "llama3_1.unscan"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")

@@ -207,14 +207,17 @@ def test_the_checkpoint_says_what_made_it(layout: str, source: Path, output: Pat
     with ocp.CheckpointManager(output) as manager:
         custom = manager.metadata(0).custom_metadata
     assert custom["scan_layers"] is (layout == "scanned")
-    assert custom["ckptc"].items() >= {
-        "version": ckptc.__version__,
-        "model": MODEL,
-        "family": "llama3.1",
-        "mapping": plan.made.mapping,
-        "source": plan.made.source,
-        "plan": json.loads(dumps(plan))["digest"],
-    }.items()
+    assert (
+        custom["ckptc"].items()
+        >= {
+            "version": ckptc.__version__,
+            "model": MODEL,
+            "family": "llama3.1",
+            "mapping": plan.made.mapping,
+            "source": plan.made.source,
+            "plan": json.loads(dumps(plan))["digest"],
+        }.items()
+    )
 
 
 # -- where the source is -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ckptc.compile.again import graph_again
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.io.restored import open_restored
 from ckptc.ir.graph import Graph, leaves
+from ckptc.ir.source import Checkpoint
 from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
 from ckptc.run import runner, straight, worker
@@ -28,7 +29,7 @@ from ckptc.run.runner import Settings
 from ckptc.run.verify import Verified, _compare_blocks, _Difference, check_sums, compare
 from ckptc.spec import mapping as spec
 from golden import checkpoint_of, compile_case, known_cases
-from reference import GoldenCase
+from reference import GoldenCase, read_safetensors
 
 # Stacked and not, with experts, with arithmetic and padding, decoded from 8 and from 4 bits, with towers.
 VARIED = ["gemma2.scan", "llama3_1.unscan", "qwen3_moe.scan", "deepseek3.scan", "gpt_oss.scan", "gemma3_mm.unscan"]
@@ -125,10 +126,12 @@ def test_one_wrong_element_is_found_with_its_place_and_both_values(plan: Plan, s
 
 @pytest.mark.parametrize("block", [straight.BLOCK, 1], ids=["whole arrays", "block by block"])
 def test_every_wrong_element_is_counted_and_the_first_is_the_first(
-    plan: Plan, source: Path, step: Path, block: int, monkeypatch: pytest.MonkeyPatch
+    source: Path, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same element of several stacked layers; blocks come layer by layer, indices go by the array's axes."""
+    """An element of each of two stacked layers; blocks come layer by layer, indices go by the array's axes."""
     monkeypatch.setattr(straight, "BLOCK", block)
+    plan = compile_case(CASE, memory=2048)  # chunks of one layer
+    step = convert(plan, CASE.hf, tmp_path / "out")
     target = next(
         t for t in graph_of(plan, CASE.hf).targets
         if len(t.path) > 4 and t.path[-1] == "kernel" and len(leaves(t.node)[0].tensors) > 1
@@ -138,10 +141,11 @@ def test_every_wrong_element_is_counted_and_the_first_is_the_first(
         change_source(source, name, element, 0x7F80)  # infinity
     (problem,) = found(lambda: verify(plan, source, step))
     assert problem.message.startswith("2 of ") and "/".join(target.path) in problem.message
-    expected = next(iter(straight.blocks(target, target.type.shape)))
     whole = straight.make(target.node, straight.Tensors(source, [f.name for f in plan.files]))
     places = np.argwhere(~np.isfinite(whole.astype(np.float32)))
-    assert expected and problem.notes[0] == f"first index: {places.tolist()[0]}"
+    assert len(places) == 2 and problem.notes[0] == f"first index: {places.tolist()[0]}"
+    stored = next(a for a in plan.arrays if a.path == target.path)
+    assert len(list(straight.blocks(target, stored.chunk))) == (len(tensors) if block == 1 else 1)
 
 
 def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
@@ -167,6 +171,56 @@ def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
     )
     assert problem.code == "output-differs" and EMBEDDING in problem.message
     assert not (output / "0").exists()
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> tuple[GoldenCase, Checkpoint]:
+    """A checkpoint whose experts are stored in 8 bits, each tensor with scales of its own, as DeepSeek publishes them."""
+    case, header, data = CASES_BY_ID["deepseek3.scan"], dict[str, Any](), bytearray()
+    rng = np.random.default_rng(5)
+
+    def add(name: str, dtype: str, array: Any) -> None:
+        content = np.ascontiguousarray(array).tobytes()
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data.extend(content)
+
+    names = {"bfloat16": "BF16", "float32": "F32"}
+    for file in sorted(case.hf.glob("*.safetensors")):
+        for name, array in read_safetensors(file).items():
+            if ".experts." in name:
+                add(name, "F8_E4M3", array.astype(ml_dtypes.float8_e4m3fn))
+                add(f"{name}_scale_inv", "F32", rng.uniform(0.1, 9, [-(-n // 128) for n in array.shape]).astype("<f4"))
+            else:
+                add(name, names[array.dtype.name], array)
+    text = json.dumps(header).encode()
+    hf = tmp_path / "quantised"
+    hf.mkdir()
+    shutil.copy(case.hf / "config.json", hf)
+    (hf / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return replace(case, hf=hf), checkpoint_of(hf)
+
+
+@pytest.mark.parametrize("block", [straight.BLOCK, 1], ids=["whole arrays", "block by block"])
+def test_what_is_decoded_is_right(
+    quantised: tuple[GoldenCase, Checkpoint], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(straight, "BLOCK", block)
+    case, _ = quantised
+    plan = compile_case(case, memory=20_000)
+    assert any(s.decode and len(s.tensors) > 4 for a in plan.arrays for s in a.sources)
+    assert verify(plan, case.hf, convert(plan, case.hf, tmp_path / "out")).arrays == len(plan.arrays)
+
+
+def test_a_wrong_scale_is_found(quantised: tuple[GoldenCase, Checkpoint], tmp_path: Path) -> None:
+    case, checkpoint = quantised
+    plan = compile_case(case)
+    step = convert(plan, case.hf, tmp_path / "out")
+    scale = next(t for name, t in checkpoint.tensors.items() if name.endswith("_scale_inv"))
+    with open(case.hf / "model.safetensors", "r+b") as opened:
+        opened.seek(scale.begin)
+        opened.write(np.float32(3).tobytes())
+    (problem,) = found(lambda: verify(plan, case.hf, step))
+    assert problem.code == "output-differs" and "MoeBlock" in problem.message
 
 
 def tree(step: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -29,7 +29,7 @@ from ckptc.ops.nest import Part, whole
 from ckptc.plan import model
 from ckptc.plan.model import Array as Target
 from ckptc.plan.model import Plan
-from ckptc.run.worker import Worker
+from ckptc.run.worker import Worker, constant
 from ckptc.spec.mapping import load_mapping
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -210,6 +210,14 @@ def test_a_constant_goes_through_the_arithmetic_too() -> None:
         made = apply(op, [made])
     assert made.array[-1] == np.float16(ml_dtypes.bfloat16(0.1) * np.float32(7))
     check(made, (2,), (4,))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(("scale", 3.0), 1.5), (("unscale", 3.0), np.float32(0.5) / np.float32(3)), (("add", 0.25), 0.75)],
+)
+def test_a_constant_knows_every_step(step: tuple[str, float], expected: float) -> None:
+    assert constant(Part(None, 0, 0, (), (step,), 0.5), "float32") == np.float32(expected)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.1, -0.0])

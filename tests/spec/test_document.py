@@ -74,6 +74,8 @@ INVALID: list[tuple[str, str, Span | None]] = [
     ("a:\n  - !foo\n    b: 1", "tags", Span("m.yaml", 2, 5)),
     ("!foo\na: 1", "tags", Span("m.yaml", 1, 1)),
     ("!foo a: 1", "tags", None),
+    ("a: 1\n!foo b: 2", "tags", Span("m.yaml", 2, 1, 6)),
+    ("{a: 1, !!str b: 2}", "tags", Span("m.yaml", 1, 8, 7)),
     ("a: ! 5", "tags", Span("m.yaml", 1, 4, 3)),
     ("a: !!str 5", "tags", Span("m.yaml", 1, 4, 7)),
     ("a: !!int '5'", "tags", Span("m.yaml", 1, 4, 9)),
@@ -283,6 +285,12 @@ def test_a_place_within_a_value_of_several_lines_is_the_value(value: str) -> Non
 def test_lines_are_counted_as_yaml_counts_them(odd: str) -> None:
     document = parse(f"a: 'x{odd}y'\nb: one two", "m.yaml")
     assert document.within(("b",), 4, 3) == Span("m.yaml", 2, 8, 3)
+
+
+def test_a_byte_order_mark_moves_nothing() -> None:
+    document = parse("\ufeffb: one two", "m.yaml")
+    assert document.within(("b",), 4, 3) == Span("m.yaml", 1, 8, 3)
+    assert document.text[7:10] == "two"
 
 
 def test_load_reads_a_file_and_calls_it_as_told(tmp_path: Path) -> None:

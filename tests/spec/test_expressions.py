@@ -87,6 +87,9 @@ REFUSED: list[tuple[str, str]] = [
     ("open('/etc/passwd')", "can be called"),
     ("s()", "can be called"), ("range(3)()", "can be called"), ("(range)(3)(1)", "can be called"),
     ("config.x()", "can be called"),
+    ("s.index", "there is no `index` in a value of type str"),
+    ("l.index", "there is no `index` in a value of type list"),
+    ("s.value", "there is no `value` in a value of type str"),
     # formatting
     ("'{0.__class__}'.format(s)", "can be called"), ("s.format", "there is no `format`"),
     ("s['format_map']", "there is no"),
@@ -111,6 +114,11 @@ REFUSED: list[tuple[str, str]] = [
     ("1e308 / 1e-10", "not finite"), ("float32(1e39)", "not finite"), ("bfloat16(1e39)", "not finite"),
     ("[1e999]", "not finite"),
     ("int(1e999)", "not finite"), ("max(1e999, 1)", "not finite"),
+    # also on the way to a small result
+    ("1000000000000 * 1000000000000 // 1000000000000", "larger"),
+    ("min(1, 1000000000000 * 1000000000000)", "larger"),
+    ("0 if 1e308 * 10 else 1", "not finite"),
+    ("1 < 1e308 / 1e-10", "not finite"),
     # size of the text
     ("a" + "+a" * 990, "too deeply nested"), ("a" + "+a" * 1000, "longer than 2000"),
     ("a" + "+a" * 250, "too deeply nested"),

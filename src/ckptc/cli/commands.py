@@ -73,8 +73,7 @@ def read_plan(path: Path) -> tuple[Plan, bytes]:
             "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o PLAN` writes plans"
         ) from None
     plan = plan_json.loads(text, str(path))
-    if plan.made.kind == "import":
-        check_plan(plan, str(path))
+    check_plan(plan, str(path))
     return plan, text
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckptc.cli import arguments, render
 from ckptc.cli.progress import show_progress
-from ckptc.plan.model import Exactness, Plan
 
 if TYPE_CHECKING:
+    from ckptc.plan.model import Exactness, Plan
     from ckptc.run.diff import Comparison, Difference
 
 MEMORY = 1024 * arguments.MIB  # of an export
@@ -25,12 +25,15 @@ def add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="turn a MaxText checkpoint into safetensors",
-        description="The way back: reads an Orbax checkpoint, converted or trained, and writes what `transformers` loads. "
-        "Works from the same mapping; the output appears complete or not at all.",
+        description="The way back: reads an Orbax checkpoint, converted or trained, and writes what `transformers` "
+        "loads. Works from the same mapping; the output appears complete or not at all.",
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
     parser.add_argument(
-        "--source", required=True, metavar="DIR", help="the checkpoint: its items, its step, or the directory of all steps (the last)"
+        "--source",
+        required=True,
+        metavar="DIR",
+        help="the checkpoint: its items, its step, or the directory of all steps (the last)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the safetensors files and config.json go")
     compilation(parser)
@@ -108,12 +111,15 @@ def add_diff(commands: Any) -> None:
     parser = commands.add_parser(
         "diff",
         help="compare two checkpoints",
-        description="Compares trees and values of two checkpoints, each safetensors or Orbax. Exit code 1 if they differ.",
+        description="Compares trees and values of two checkpoints, each safetensors or Orbax. Exit code 1 if they "
+        "differ.",
     )
     parser.add_argument("first", metavar="A", help="a checkpoint's directory")
     parser.add_argument("second", metavar="B", help="another")
     parser.add_argument("--json", action="store_true", help="print everything that differs as JSON")
-    parser.add_argument("--memory", type=arguments.memory, default=256 * arguments.MIB, metavar="SIZE", help="budget for buffers")
+    parser.add_argument(
+        "--memory", type=arguments.memory, default=256 * arguments.MIB, metavar="SIZE", help="budget for buffers"
+    )
 
 
 def compiled(args: argparse.Namespace) -> Plan:
@@ -157,7 +163,9 @@ def export(args: argparse.Namespace) -> None:
         return
     if not args.json and not args.quiet:
         print(summary(plan) + "\n")
-    execute(plan, json.loads(text)["digest"], args, Path(args.source), Path(args.config_from) if args.config_from else None)
+    execute(
+        plan, json.loads(text)["digest"], args, Path(args.source), Path(args.config_from) if args.config_from else None
+    )
 
 
 def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | None, companions: Path | None) -> None:
@@ -176,8 +184,14 @@ def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | No
             force=args.force,
         )
     if args.json:
-        exact = sum(1 for a in plan.arrays if a.exactness == Exactness())
-        record = {**asdict(report), "model": plan.made.model, "tensors": len(plan.arrays), "exact": exact, "plan": digest}
+        exact = sum(1 for a in plan.arrays if _exact(a.exactness))
+        record = {
+            **asdict(report),
+            "model": plan.made.model,
+            "tensors": len(plan.arrays),
+            "exact": exact,
+            "plan": digest,
+        }
         print(json.dumps(record))
         return
     for warning in report.warnings:
@@ -196,7 +210,11 @@ def summary_record(plan: Plan) -> dict[str, Any]:
 
     body = encode(plan)
     outputs = {k: body["outputs"][k] for k in ("files", "companions", "padding", "notes")}
-    return {**{k: body[k] for k in ("made", "choices", "totals", "left_out")}, "outputs": outputs, "rules": _rules(plan)}
+    return {
+        **{k: body[k] for k in ("made", "choices", "totals", "left_out")},
+        "outputs": outputs,
+        "rules": _rules(plan),
+    }
 
 
 def summary(plan: Plan) -> str:
@@ -209,11 +227,16 @@ def summary(plan: Plan) -> str:
         f"reads   {render.size(t.read_bytes)} of {t.tensors} arrays, decoded chunks counted as often as they are read",
         f"writes  {render.size(t.write_bytes)} in {t.arrays} tensors, {render.count(t.parameters)} parameters, "
         f"{files} file{'s' if files != 1 else ''}",
-        f"memory  {render.size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {render.size(c.memory)}",
+        f"memory  {render.size(t.peak_memory_bytes)} for the largest unit of work, within a budget of "
+        f"{render.size(c.memory)}",
         f"exact   {exact_line(plan)}",
     ]
     for x in plan.left_out:
-        what = f"skips   {x.tensors} array{'s' if x.tensors != 1 else ''}" if x.tensors else "omits   what conversions ignore"
+        what = (
+            f"skips   {x.tensors} array{'s' if x.tensors != 1 else ''}"
+            if x.tensors
+            else "omits   what conversions ignore"
+        )
         lines.append(f"{what}: `{x.pattern}`: {x.reason}")
     for p in outputs.padding:
         low, high = p.box[p.axis] if p.box else (0, 1)
@@ -221,21 +244,27 @@ def summary(plan: Plan) -> str:
     lines += [f"note    {note}" for note in outputs.notes]
     heading = ("RULE", "TENSORS", "BYTES", "FIRST", "EXACTNESS")
     rows = [
-        (r["rule"], str(r["tensors"]), render.size(r["write_bytes"]), f"{r['dtype']}{r['shape']}", r["exactness"]) for r in _rules(plan)
+        (r["rule"], str(r["tensors"]), render.size(r["write_bytes"]), f"{r['dtype']}{r['shape']}", r["exactness"])
+        for r in _rules(plan)
     ]
     return "\n".join([*lines, "", render.table([heading, *rows])])
 
 
 def exact_line(plan: Plan) -> str:
-    exact = sum(1 for a in plan.arrays if a.exactness == Exactness())
+    exact = sum(1 for a in plan.arrays if _exact(a.exactness))
     if exact == len(plan.arrays):
         return "every tensor that was not trained since it was converted comes back bit for bit"
-    return f"{exact} of {len(plan.arrays)} tensors come back bit for bit, if they were not trained since; the others are rounded"
+    count = f"{exact} of {len(plan.arrays)} tensors"
+    return f"{count} come back bit for bit, if they were not trained since; the others are rounded"
+
+
+def _exact(x: Exactness | None) -> bool:
+    return x is not None and x.above == 0
 
 
 def exactness(x: Exactness | None) -> str:
     """In words: `exact`, `exact above 3.06e-05, else within 0.00391 relative + 5.99e-08 absolute`."""
-    if x is None or x == Exactness():
+    if x is None or _exact(x):
         return "exact"
     bounds = [f"{x.relative:.3g} relative"] if x.relative else []
     bounds += [f"{x.absolute:.3g} absolute"] if x.absolute else []
@@ -284,10 +313,9 @@ def differences(found: Comparison) -> str:
     if len(found.differences) > SHOWN:
         lines.append(f"… and {len(found.differences) - SHOWN} more; --json has all")
     count = len(found.differences)
-    lines.append(
-        f"{found.equal} of {found.arrays} arrays that both have are equal bit for bit, {render.size(found.bytes)} compared"
-        + (f"; {count} difference{'s' if count != 1 else ''}" if count else "")
-    )
+    equal = f"{found.equal} of {found.arrays} arrays that both have are equal bit for bit"
+    ending = f"; {count} difference{'s' if count != 1 else ''}" if count else ""
+    lines.append(f"{equal}, {render.size(found.bytes)} compared{ending}")
     return "\n".join(lines)
 
 
@@ -302,4 +330,5 @@ def _difference(d: Difference) -> str:
     types = f" {d.first}, {d.second}:" if d.kind == "dtype" else ""
     if not d.elements:
         return f"{d.kind:<8} {d.name}:{types} the same numbers"
-    return f"{d.kind:<8} {d.name}:{types} {d.elements} elements differ, by at most {d.absolute:.3g}, {d.relative:.3g} of the larger"
+    most = f"by at most {d.absolute:.3g}, {d.relative:.3g} of the larger"
+    return f"{d.kind:<8} {d.name}:{types} {d.elements} elements differ, {most}"

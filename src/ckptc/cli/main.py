@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments, export
+from ckptc.cli import arguments, explain, export, formats
 from ckptc.diagnostics import InputError
 
 DONE, INPUT_AT_FAULT, USAGE_OR_INTERNAL, INTERRUPTED = 0, 1, 2, 130
@@ -32,6 +32,7 @@ examples:
   ckptc verify plan.json --output OUT                 each bit, against the source
   ckptc export --model gemma2-2b --source OUT --output HF     and back, as safetensors
   ckptc diff HF DIR                                   what differs, and by how much
+  ckptc explain shape-mismatch                        what an error's code means, and what to do
 
 exit codes: 0 done; 1 the input is at fault; 2 usage or internal error"""
 
@@ -110,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--mapping", metavar="FILE", help="with a plan: its mapping, if it is not a shipped one")
     verify.add_argument("--json", action="store_true", help="print what was verified as JSON")
     verify.add_argument("--quiet", action="store_true", help="show no progress")
+    explain.add_explain(commands)
+    for command in commands.choices.values():
+        formats.add_format(command)
     return top
 
 
@@ -120,9 +124,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. A usage error exits with 2 from within argparse."""
+    form = "text"
     try:
         try:
             args = parser().parse_args(argv)
+            form = args.format
             from ckptc.cli import commands, verify
 
             handler: Callable[[argparse.Namespace], int | None] = {
@@ -133,18 +139,15 @@ def run(argv: Sequence[str] | None = None) -> int:
                 "export": export.export,
                 "diff": export.diff,
                 "verify": verify.verify,
+                "explain": explain.explain,
             }[args.command]
             code = handler(args)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends
         return code or DONE
     except InputError as error:
-        from ckptc.cli.render import diagnostics
-
-        print(
-            diagnostics(error.diagnostics, color=sys.stderr.isatty() and "NO_COLOR" not in os.environ),
-            file=sys.stderr,
-        )
+        color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        print(formats.formatted(error.diagnostics, form, color), file=sys.stderr)
         return INPUT_AT_FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

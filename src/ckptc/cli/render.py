@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 RED, BLUE, BOLD, CYAN, RESET = "\033[1;31m", "\033[1;34m", "\033[1m", "\033[36m", "\033[0m"
 LINE_MOST = 160  # characters of a source line that are shown, around what is underlined
+MOST = 100  # diagnostics that are shown: a file that is something else has thousands
 TEXT_MOST = 2000  # characters of a message, note or help: names in a checkpoint may be of any length
 
 
 def diagnostics(found: Sequence[Diagnostic], color: bool = False) -> str:
-    """All of them, each with its place in the file, and a count at the end."""
-    blocks = [diagnostic(d, color) for d in found]
+    """All of them, up to MOST, each with its place in the file, and a count at the end."""
+    blocks = [diagnostic(d, color) for d in found[:MOST]]
     count = f"{len(found)} error{'s' if len(found) != 1 else ''}"
+    if len(found) > MOST:
+        count += f", the first {MOST} are shown"
     return "\n\n".join([*blocks, count])
 
 

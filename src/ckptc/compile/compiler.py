@@ -90,7 +90,11 @@ def supported(mapping: Mapping, model: Model, options: Options, names: dict[str,
 
 
 def expand_namings(
-    mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: dict[str, Any], dtypes: MappingOf[str, str] | None
+    mapping: Mapping,
+    options: Options,
+    dims: MappingOf[str, Any],
+    names: dict[str, Any],
+    dtypes: MappingOf[str, str] | None,
 ) -> tuple[str, Graph]:
     """Expands under each of the mapping's namings; the names the checkpoint has decide which one it is.
 
@@ -108,7 +112,11 @@ def expand_namings(
 
 
 def all_namings(
-    mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: dict[str, Any], dtypes: MappingOf[str, str] | None
+    mapping: Mapping,
+    options: Options,
+    dims: MappingOf[str, Any],
+    names: dict[str, Any],
+    dtypes: MappingOf[str, str] | None,
 ) -> Iterator[tuple[str, Graph]]:
     """The graph under each of the mapping's namings, in their order."""
     default = str(names["config"].get("torch_dtype") or names["config"].get("dtype") or "bfloat16")

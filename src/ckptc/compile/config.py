@@ -19,15 +19,18 @@ def adapt(
     cut: MappingOf[str, tuple[int, int]],
     dtype: str,
     whole: bool,
+    codes: bool,
 ) -> tuple[dict[str, Any], list[str]]:
     """The config, and what was changed, for people.
 
-    `cut`: dims of which tensors have less than the original: (was, is). `dtype`: of most tensors. `whole`: whether `config` is an
-    original's; else it is the numbers that a mapping ships.
+    `cut`: dims of which tensors have less than the original: (was, is). `dtype`: of most tensors. `whole`: whether
+    `config` is an original's; else it is the numbers that a mapping ships. `codes`: whether tensors are quantised.
     """
-    out, notes = _without(config)
+    out, notes = _without(config, () if codes else QUANTIZATION)
     if notes:
-        notes = ["the tensors are plain numbers: config.json is written without " + " and ".join(f"`{n}`" for n in notes)]
+        notes = [
+            "the tensors are plain numbers: config.json is written without " + " and ".join(f"`{n}`" for n in notes)
+        ]
     for name, (was, now) in cut.items():
         path = config_path(mapping, dims, config, name)
         if path is not None and _at(out, path) in (was, None):
@@ -43,19 +46,21 @@ def adapt(
             notes.append(f"config.json says {key}={dtype}; the original had {out[key]}")
         out[key] = dtype
     if not whole:
-        notes.append("config.json holds the model's numbers alone; `--config-from ORIGINAL` writes all of the original's")
+        notes.append(
+            "config.json holds the model's numbers alone; `--config-from ORIGINAL` writes all of the original's"
+        )
     return out, notes
 
 
-def _without(config: MappingOf[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy without the entries on quantisation, at any depth, and their names."""
+def _without(config: MappingOf[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+    """A copy without the entries of these names, at any depth, and the names of those there were."""
     out: dict[str, Any] = {}
     found = []
     for key, value in config.items():
-        if key in QUANTIZATION:
+        if key in keys:
             found.append(key)
         elif isinstance(value, MappingOf):
-            out[key], inner = _without(value)
+            out[key], inner = _without(value, keys)
             found += inner
         else:
             out[key] = value
@@ -65,7 +70,9 @@ def _without(config: MappingOf[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def config_path(
     mapping: Mapping, dims: MappingOf[str, Any], config: MappingOf[str, Any], name: str
 ) -> tuple[str, ...] | None:
-    """Where in the config a dim's number stands: `config.text_config.vocab_size`, or a key of a dim that is a section."""
+    """Where in the config a dim's number stands: `config.text_config.vocab_size`, or a key of a dim that is a
+    section.
+    """
     match = re.match(r"\s*(\w+)((?:\.\w+)+)\s*(?:\||$)", str(mapping.dims.get(name, "")))
     if match is None:
         return None

@@ -18,7 +18,7 @@ from ckptc.compile.config import adapt
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
 from ckptc.compile.match import problems
-from ckptc.compile.reading import ExportOptions, Reading, most, read
+from ckptc.compile.reading import SCALES, ExportOptions, Reading, most, read
 from ckptc.compile.rounding import exactness, invert_math, worst
 from ckptc.compile.units import Stored, schedule
 from ckptc.diagnostics import Diagnostic, InputError
@@ -29,6 +29,7 @@ from ckptc.plan import model as plan
 from ckptc.plan.outputs import Outputs, Padding, lay_out
 from ckptc.spec.mapping import Mapping, Model
 
+EIGHT_BITS = "float8"
 PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
 
 
@@ -64,9 +65,13 @@ class _Export:
         self.cut: dict[str, tuple[int, int]] = {}
         self.problems: list[Diagnostic] = []
         self.decoded: dict[str, int] = {}
+        self.codes: set[str] = set()  # tensors of codes, and their scales, that the checkpoint itself holds
 
     def records(self) -> plan.Plan:
         tensors, constants = invert(self.read.graph, fold(self.read.graph))
+        for name in (n for n in tensors if f"{n}{SCALES}" in tensors):
+            if self.stored[tensors[name].pieces[0].template.target].dtype.startswith(EIGHT_BITS):
+                self.codes |= {name, f"{name}{SCALES}"}
         arrays, twins = [], []
         for name in sorted(tensors, key=_naturally):
             arrays.append(self._tensor(tensors[name]))
@@ -101,7 +106,8 @@ class _Export:
                 batches=done.batches,
                 config=config,
                 companions=tuple(
-                    plan.File(f.name, f.size, f.header_digest) for f in (self.original.companions if self.original else ())
+                    plan.File(f.name, f.size, f.header_digest)
+                    for f in (self.original.companions if self.original else ())
                 ),
                 padding=padding,
                 twins=compared.arrays if compared else (),
@@ -144,7 +150,7 @@ class _Export:
             return self.options.dtype or default
         if known is not None and not is_float(known):
             return known
-        if not is_float(stored):
+        if not is_float(stored) or tensor.name in self.codes:
             return stored
         return self.options.dtype or known or default
 
@@ -238,7 +244,9 @@ class _Export:
     def _left_out(self) -> tuple[plan.LeftOut, ...]:
         out = []
         if self.saved.optimizer:
-            out.append(plan.LeftOut("opt_state/*", "the optimizer's state is no part of a model", self.saved.optimizer, 0))
+            out.append(
+                plan.LeftOut("opt_state/*", "the optimizer's state is no part of a model", self.saved.optimizer, 0)
+            )
         passed = [a for a in self.read.matched.passed if a.path != ("step",)]
         if passed:
             reason = "counters and states of random numbers are no parameters"
@@ -251,14 +259,23 @@ class _Export:
         if self.saved.place:
             notes.append(f"reads {self.saved.place}")
         for dtype, count in self.decoded.items():
-            notes.append(f"{count} tensors that the original stores as {dtype} with scales are written as plain numbers")
+            notes.append(
+                f"{count} tensors that the original stores as {dtype} with scales are written as plain numbers"
+            )
         if twins:
-            notes.append("some tensors are stored twice: the first array, by path, is taken, and a run compares the others with it")
+            notes.append(
+                "some tensors are stored twice: the first array, by path, is taken, and a run compares the others"
+            )
         whole = bool(self.original and self.original.config)
-        config, changed = adapt(self.config, self.mapping, self.read.dims, self.cut, most(arrays), whole)
+        if self.codes:
+            notes.append(f"{len(self.codes)} tensors are codes and their scales, as the checkpoint holds them")
+        dtype = most([a for a in arrays if is_float(a.dtype) and not a.dtype.startswith(EIGHT_BITS)])
+        config, changed = adapt(self.config, self.mapping, self.read.dims, self.cut, dtype, whole, bool(self.codes))
         for name, (was, now) in self.cut.items():
             reasons = {t.partial for t in self.targets if t.partial}
-            notes.append(f"{was - now} of {was} rows of `{name}` are not written: {'; '.join(sorted(filter(None, reasons)))}")
+            notes.append(
+                f"{was - now} of {was} rows of `{name}` are not written: {'; '.join(sorted(filter(None, reasons)))}"
+            )
         return config, notes + changed
 
 

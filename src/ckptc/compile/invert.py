@@ -1,18 +1,19 @@
 """invert: parts of the arrays that a conversion makes become parts of the tensors that it reads. Nothing is said twice.
 
-Before: array [embed, layer=26, mlp] of one part, whose loops step through 26 tensors [mlp, embed], math (add 1) (cast float32).
-After: each of the 26 tensors is one part, whose loops step through the array from its layer's first element, math (add -1)
-(cast bfloat16).
+Before: array [embed, layer=26, mlp] of one part, whose loops step through 26 tensors [mlp, embed], math (add 1) (cast
+float32).
+After: each of the 26 tensors is one part, whose loops step through the array from its layer's first element, math (add
+-1) (cast bfloat16).
 
-A part's loop moves an index of the array by a weight and a place in a tensor by a step. Seen from the tensor, weight and step change
-sides: steps become weights along the tensor's axes, weights become steps through the array, both row-major. Loops over tensors are
-fixed: they say where in the array a tensor begins.
+A part's loop moves an index of the array by a weight and a place in a tensor by a step. Seen from the tensor, weight
+and step change sides: steps become weights along the tensor's axes, weights become steps through the array, both
+row-major. Loops over tensors are fixed: they say where in the array a tensor begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 
@@ -28,7 +29,8 @@ Math = tuple[tuple[str, float | str], ...]
 class Template:
     """What one forward part says of each of its tensors, but for where in the array the tensor begins.
 
-    `parts` are parts of the tensor; `Part.source` is meaningless, `Part.base` counts from the tensor's own beginning in the array.
+    `parts` are parts of the tensor; `Part.source` is meaningless, `Part.base` counts from the tensor's own beginning
+    in the array.
     """
 
     target: int  # position in `Graph.targets`
@@ -67,7 +69,8 @@ class Constant:
 def invert(graph: Graph, folded: Sequence[Folded]) -> tuple[dict[str, Inverted], list[Constant]]:
     """Every tensor that the rules read, by name, and every region of an array that comes from none.
 
-    Where several arrays hold a tensor, or some of it, the first of them, in the order of their paths, is taken; the others are `twins`.
+    Where several arrays hold a tensor, or some of it, the first of them, in the order of their paths, is taken; the
+    others are `twins`.
     """
     tensors: dict[str, Inverted] = {}
     constants = []
@@ -102,14 +105,15 @@ def _template(number: int, target: Target, leaf: Leaf, part: Part) -> Template:
         if f.tensor == 0 and f.size > 1
     ]
     flat = AxisMap(part.base, tuple(sorted(loops, key=lambda f: -f.weight)))
-    parts = tuple(
-        Part(0, base, 0, tuple(_digits(a, target.type.shape) for a in axes)) for axes, base in _unflatten(flat, leaf.each.shape)
-    )
+    parts = tuple(Part(0, base, 0, axes) for axes, base in _unflatten(flat, leaf.each.shape))
     return Template(number, part.math, parts, sum(p.size for p in parts))
 
 
 def _unflatten(flat: AxisMap, shape: tuple[int, ...]) -> Iterator[tuple[tuple[AxisMap, ...], int]]:
-    """A row-major index as one index along each axis of `shape`: maps, and what is added to the base."""
+    """A row-major index as one index along each axis of `shape`: maps, and what is added to the base.
+
+    Loops are not joined, so that each goes on moving along the one axis of the array that it came from.
+    """
     pieces: list[tuple[tuple[AxisMap, ...], AxisMap, int]] = [((), flat, 0)]
     for axis in range(len(shape)):
         inner = prod(shape[axis + 1 :])
@@ -119,31 +123,16 @@ def _unflatten(flat: AxisMap, shape: tuple[int, ...]) -> Iterator[tuple[tuple[Ax
             pieces = [
                 ((*axes, outer), rest, base + added)
                 for axes, whole, base in pieces
-                for outer, rest, added, _ in split_axis(whole, inner)
+                for outer, rest, added, _ in split_axis(whole, inner, join=False)
             ]
     for axes, _, base in pieces:
         yield axes, base
 
 
-def _digits(axis: AxisMap, shape: tuple[int, ...]) -> AxisMap:
-    """The same loops, cut so that each moves along one axis of the array: by steps that do not reach the next axis' stride."""
-    factors: list[Factor] = []
-    for f in axis.factors:
-        cut = [f]
-        for stride, n in sorted(zip(strides(shape), shape, strict=True)):
-            outer, reach = cut[0], stride * n
-            if n > 1 and stride <= outer.step < reach and (outer.size - 1) * outer.step >= reach:
-                inner = reach // outer.step
-                if reach % outer.step or outer.size % inner:
-                    raise AssertionError(f"a loop {outer} does not fit the rows of {shape}")
-                more = Factor(outer.size // inner, outer.weight * inner, outer.step * inner)
-                cut[:1] = [more, replace(outer, size=inner)]
-        factors += cut
-    return AxisMap(axis.start, tuple(factors))
-
-
 def _tensors(part: Part, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The tensors a forward part reads: position in the leaf's list, and elements from the array's first to the tensor's first."""
+    """The tensors a forward part reads: position in the leaf's list, and elements from the array's first to the
+    tensor's first.
+    """
     steps = strides(shape)
     start = sum(a.start * step for a, step in zip(part.axes, steps, strict=True))
     loops = [(f, step) for a, step in zip(part.axes, steps, strict=True) for f in a.factors if f.tensor]

@@ -1,8 +1,9 @@
 """match: the arrays of a checkpoint, under whatever names training gave them, are those that the rules make.
 
-A rule's array is `params/params/decoder/layers/mlp/wo/kernel`. Training may have saved it there; without the first `params`; as an NNX
-tree, `model/decoder/layers/mlp/wo/kernel/value`; and a list of layers by positions, `layers/3/…` for `layers_3/…`. What stands before the
-path within its collection is called the root here; all arrays of a collection have one root.
+A rule's array is `params/params/decoder/layers/mlp/wo/kernel`. Training may have saved it there; without the first
+`params`; as an NNX tree, `model/decoder/layers/mlp/wo/kernel/value`; and a list of layers by positions, `layers/3/…`
+for `layers_3/…`. What stands before the path within its collection is called the root here; all arrays of a collection
+have one root.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ckptc.ir.graph import Graph, Target
 from ckptc.ir.saved import SavedArray
 
 LEAF = "value"  # what NNX calls the array of a variable
-RANDOM = re.compile(r"rngs?|dropout.*|.*_rng|count|key|step", re.IGNORECASE)  # parts of the paths of what is no parameter
+RANDOM = re.compile(
+    r"rngs?|dropout.*|.*_rng|count|key|step", re.IGNORECASE
+)  # parts of the paths of what is no parameter
 SHOWN = 8  # names that one error lists
 
 Path = tuple[str, ...]
@@ -103,9 +106,17 @@ def _missing(matched: Matched) -> list[Diagnostic]:
         name = "/".join(targets[0].path)
         best = nearest(name, names)
         more = f" (nor {len(targets) - 1} others)" if len(targets) > 1 else ""
-        help = f"the nearest name is `{best}`" if best else "is this a checkpoint of another model, or of another layout?"
+        help = (
+            f"the nearest name is `{best}`" if best else "is this a checkpoint of another model, or of another layout?"
+        )
         out.append(
-            Diagnostic("missing-array", f"the checkpoint has no array `{name}`{more}", targets[0].span, (f"rule: {rule}",), help)
+            Diagnostic(
+                "missing-array",
+                f"the checkpoint has no array `{name}`{more}",
+                targets[0].span,
+                (f"rule: {rule}",),
+                help,
+            )
         )
     return out
 
@@ -127,7 +138,7 @@ def _mismatches(graph: Graph, matched: Matched) -> list[Diagnostic]:
                 f"`{array.name}` has another shape than the rule makes{more}",
                 target.span,
                 (f"expected: [{axes}]", f"found:    {list(array.shape)}", f"rule: {rule}"),
-                "check --model, and the dims: `--config-from` names the config the model has, `--set DIM=VALUE` one of them",
+                "check --model, and the dims: `--config-from DIR` reads the config the model has, `--set` gives one",
             )
         )
     return out

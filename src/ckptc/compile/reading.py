@@ -1,7 +1,8 @@
 """reading: which layout, naming and sizes a saved checkpoint has, found by trying the mapping on it.
 
-The layout is what the checkpoint's metadata says, else the one whose arrays it has. Sizes that only pad (`pad`, `resize`) are taken from
-the arrays, since any training may have chosen its own. The naming is the original's, but none whose tensors are packed codes.
+The layout is what the checkpoint's metadata says, else the one whose arrays it has. Sizes that only pad (`pad`,
+`resize`) are taken from the arrays, since any training may have chosen its own. The naming is the original's, but none
+whose tensors are packed codes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ckptc.plan import model as plan
 from ckptc.spec.mapping import LAYOUTS, Mapping, Model, Value
 
 GB = 10**9
+SCALES = "_scale_inv"  # what a tensor of scales is called, after the tensor of codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,11 @@ def read(
 
 def _contradiction(layout: str, why: str) -> InputError:
     option, other = ("--scan", "--no-scan") if layout == "scanned" else ("--no-scan", "--scan")
-    return fail("layout-mismatch", f"the checkpoint is {layout} ({why} so), {other} says otherwise", help=f"leave it out, or use {option}")
+    return fail(
+        "layout-mismatch",
+        f"the checkpoint is {layout} ({why} so), {other} says otherwise",
+        help=f"leave it out, or use {option}",
+    )
 
 
 def _read_as(
@@ -99,8 +105,8 @@ def _read_as(
             names = {**dims, "config": config, "multimodal": options.multimodal, "dtype": stored}
             supported(mapping, model, choices, names)
             naming, graph = expand_namings(mapping, choices, dims, names, dtypes)
-            if _packed(graph):  # the original's tensors are packed codes: another naming may have them as plain numbers
-                plain = ((n, g) for n, g in all_namings(mapping, choices, dims, names, dtypes) if not _packed(g))
+            if _unfit(graph):  # the original's tensors are packed codes: another naming may have them as plain numbers
+                plain = ((n, g) for n, g in all_namings(mapping, choices, dims, names, dtypes) if not _unfit(g))
                 naming, graph = next(plain, (naming, graph))
             read = Reading(layout, naming, dims, graph, match(graph, saved.arrays))
         except InputError:
@@ -113,10 +119,13 @@ def _read_as(
         given |= sizes
 
 
-def _packed(graph: Graph) -> bool:
-    """Whether tensors are stored in another shape than that of their numbers."""
-    found = (leaf for t in graph.targets for leaf in leaves(t.node))
-    return any(leaf.decoded is not None and leaf.decoded.stored.shape != leaf.each.shape for leaf in found)
+def _unfit(graph: Graph) -> bool:
+    """Whether a naming is none to export under: tensors are stored in another shape than that of their numbers, or there
+    are tensors of scales without those that they scale."""
+    found = [leaf for t in graph.targets for leaf in leaves(t.node)]
+    packed = any(leaf.decoded is not None and leaf.decoded.stored.shape != leaf.each.shape for leaf in found)
+    names = {name for leaf in found for name in leaf.tensors}
+    return packed or any(n.endswith(SCALES) and n.removesuffix(SCALES) not in names for n in names)
 
 
 def _paddings(mapping: Mapping, read: Reading) -> dict[str, int]:

@@ -1,16 +1,18 @@
 """How near an exported tensor is to the one that was converted: exact, exact above a magnitude, or within a bound.
 
-A conversion computes in float32 and rounds to what is stored; an export takes the steps back in reverse and rounds to the tensor's own
-dtype. Followed for an element w of that dtype, with u = 2^-precision the most that a rounding moves a number, relative to it:
+A conversion computes in float32 and rounds to what is stored; an export takes the steps back in reverse and rounds to
+the tensor's own dtype. Followed for an element w of that dtype, with u = 2^-precision the most that a rounding moves a
+number, relative to it:
 
 - before it rounds at the end, the export has w·(1 + r) + s; each step adds to r and s;
-- where nothing was rounded on the way, r = s = 0: moved elements, wide enough stored dtypes, factors that are powers of two, or that have
-  so few digits that the product has no more than float32 holds;
-- rounding gives w again where the error is below half the distance to w's neighbours, at least u/2·|w|. So the export is exact
-  where |w| > s / (u/2 - r), everywhere if s = 0 and r < u/2, and nowhere if r >= u/2;
+- where nothing was rounded on the way, r = s = 0: moved elements, wide enough stored dtypes, factors that are powers of
+  two, or that have so few digits that the product has no more than float32 holds;
+- rounding gives w again where the error is below half the distance to w's neighbours, at least u/2·|w|. So the export
+  is exact where |w| > s / (u/2 - r), everywhere if s = 0 and r < u/2, and nowhere if r >= u/2;
 - elsewhere the difference is at most (r + u·(1 + r))·|w| + s·(1 + u), and half the original's smallest number.
 
-Numbers beyond the range of the stored dtype are not spoken of, nor are magnitudes below NEGLIGIBLE, where floats lose digits one by one.
+Numbers beyond the range of the stored dtype are not spoken of, nor are magnitudes below NEGLIGIBLE, where floats lose
+digits one by one.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def _format(dtype: str) -> _Format:
 
 @lru_cache(maxsize=1024)
 def invert_math(math_: Math, dtype: str) -> Math:
-    """The steps back, in reverse: a factor becomes a division, a term is taken away, casts only lose digits. `dtype`: what is made."""
+    """The steps back, in reverse: a factor becomes a division, a term is taken away, casts only lose digits. `dtype`:
+    what is made.
+    """
     if not is_float(dtype):
         return ()
     back: list[tuple[str, float | str]] = []
@@ -69,9 +73,12 @@ def invert_math(math_: Math, dtype: str) -> Math:
 
 @lru_cache(maxsize=1024)
 def exactness(forward: Math, stored: str, original: str) -> Exactness:
-    """Of elements that were `original`, went through `forward` except for its last cast, are `stored` now, and become `original` again."""
+    """Of elements that were `original`, went through `forward` except for its last cast, are `stored` now, and become
+    `original` again.
+    """
     if not is_float(original):
-        # Whole numbers: nothing is computed with them, and a dtype either holds them or was the wrong one to store them in.
+        # Whole numbers: nothing is computed with them, and a dtype either holds them or was the wrong one to store
+        # them in.
         return Exactness(None, _format(stored).unit, 0.0) if is_float(stored) else EXACT
     if not is_float(stored):
         return Exactness(None, 1.0, 1.0)
@@ -120,9 +127,7 @@ class _Track:
             self.digits = _ANY if value else self.digits
         else:
             self._times(1 / value)
-            more = _digits(value)
-            # What was multiplied exactly is divided exactly; any other quotient goes on for ever.
-            self.digits = _ANY if more and self.rounded else self.digits - more
+            self.digits = _ANY if _digits(value) else self.digits  # a quotient goes on for ever
         self._round(self.float32)
 
     def _times(self, value: float) -> None:
@@ -144,7 +149,9 @@ class _Track:
             return EXACT
         relative = self.r + u * (1 + self.r)
         absolute = self.s * (1 + u) + self.original.tiny
-        return Exactness(None if above is None else _up(above), _up(relative), _up(absolute if absolute > NEGLIGIBLE else 0.0))
+        return Exactness(
+            None if above is None else _up(above), _up(relative), _up(absolute if absolute > NEGLIGIBLE else 0.0)
+        )
 
 
 def worst(found: Iterable[Exactness]) -> Exactness:

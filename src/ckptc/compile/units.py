@@ -1,11 +1,13 @@
 """units: in which boxes exported tensors are made, and which tensors together, so that few chunks are decoded twice.
 
 Before: 26 tensors [mlp, embed] that lie in one array [embed, layer=26, mlp] of chunks [256, 26, mlp].
-After: batches of 26 tensors, units [mlp, 256]: each unit of a batch is one chunk, decoded once, from which 26 boxes are made.
+After: batches of 26 tensors, units [mlp, 256]: each unit of a batch is one chunk, decoded once, from which 26 boxes
+are made.
 
-A chunk is decoded whole, however little of it is wanted. Two shapes of units are tried: slabs of whole rows, which are written in one
-piece, and boxes that cover whole chunks. Each is tried for one tensor at a time and for those that share chunks, grown as far as the
-budget goes, and the one that reads the least is taken; of equals the one that writes the longest pieces.
+A chunk is decoded whole, however little of it is wanted. Two shapes of units are tried: slabs of whole rows, which are
+written in one piece, and boxes that cover whole chunks. Each is tried for one tensor at a time and for those that
+share chunks, grown as far as the budget goes, and the one that reads the least is taken; of equals the one that writes
+the longest pieces.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ckptc.plan.regions import Numbers, Region, axis_of, bases, needs, strides
 
 UNIT_MOST = 64 << 20  # bytes of buffers: larger reads gain nothing, unless a chunk is larger
 SAMPLE = 64  # tensors of a kind by which shapes of units are compared
+MANY = 1024  # tensors that share no chunk are not made together by the thousand: nothing is gained
 MIB = 1 << 20
 
 Shape = tuple[int, ...]
@@ -110,6 +113,34 @@ class _Kind:
         units = replace(self.first, unit=unit).units()
         return sum(r.chunked(s.chunk, s.shape) * itemsize(s.dtype) for box in units for s, r in self.needs(batch, box))
 
+    def total(self, batches: Sequence[Numbers], unit: Shape) -> tuple[int, int]:
+        """Bytes decoded for all batches, and bytes of buffers of the largest.
+
+        Where chunks fill their arrays, tensors made alone that begin alike within chunks cost alike: each sort is
+        counted once.
+        """
+        even = all(len(b) == 1 for b in batches) and all(
+            n % c == 0 for s in self.sources for n, c in zip(s.shape, s.chunk, strict=True)
+        )
+        places = [self._within(number) for number in range(self.begins.shape[1])] if even else [self.begins]
+        known: dict[bytes, tuple[int, int]] = {}
+        read = peak = 0
+        for batch in batches:
+            key = b"".join(p[batch].tobytes() for p in places)
+            if key not in known:
+                known[key] = self.read(batch, unit), self.memory(batch, unit)
+            read, peak = read + known[key][0], max(peak, known[key][1])
+        return read, peak
+
+    def _within(self, number: int) -> Numbers:
+        """Where a part of each member begins, within its chunk: int64[arrays, axes]."""
+        source = self.sources[self.first.parts[number].source or 0]
+        rest, out = self.begins[:, number], [np.zeros(len(self.begins), dtype=np.int64)]
+        for step, c in zip(strides(source.shape), source.chunk, strict=True):
+            at, rest = np.divmod(rest, step)
+            out.append(at % c)
+        return np.stack(out, axis=1)
+
     def chunks(self) -> Numbers:
         """Where in its array's grid of chunks each member begins: int64[arrays, axes]."""
         source = self.sources[self.first.parts[0].source or 0]
@@ -131,7 +162,10 @@ def _choose(kind: _Kind, memory: int) -> _Choice:
     grains = [_grain(first.parts, axis, kind.sources) for axis in range(len(first.shape))]
     best: tuple[tuple[float, int, int], Shape, int] | None = None
     least = None
-    for together in sorted({1, *(n for n in (shared, 2 * shared, 8 * shared) if n <= len(order)), len(order)}):
+    sizes = {n for n in (shared, 2 * shared, 8 * shared) if n <= len(order)} | (
+        {len(order)} if len(order) <= MANY else set()
+    )
+    for together in sorted({1, *sizes}):
         sample = _batches(order[: max(SAMPLE // together, 1) * together], together)
         for start in {(1,) * len(first.shape): None, tuple(grains): None}:
             unit = _fitted(kind, sample[0], start, grains, most)
@@ -153,8 +187,8 @@ def _choose(kind: _Kind, memory: int) -> _Choice:
         )
     _, unit, together = best
     batches = _batches(order, together)
-    read = sum(kind.read(batch, unit) for batch in batches)
-    peak = max(kind.memory(batch, unit) for batch in batches) + decoding
+    read, peak = kind.total(batches, unit)
+    peak += decoding
     return _Choice(unit, tuple(tuple(b.tolist()) for b in batches), read, peak)
 
 

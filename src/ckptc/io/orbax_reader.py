@@ -4,9 +4,10 @@ What is given may be the items themselves, the directory of a step, or the direc
 
     <given>/[<step>/][items | default | …/]     _METADATA, and the arrays: in an OCDBT database, or a directory for each
 
-`_METADATA` lists the leaves of the tree with their keys; an array's own metadata (`zarr.json`, or `.zarray` of zarr v2) says its shape,
-dtype and chunks. An array is named by its keys, joined with dots. TensorStore reads any of it; here a box is read chunk by chunk, into
-memory of the caller's, so that no more than a few chunks are held besides. Formats: orbax-checkpoint 0.11 to 0.12, both of its APIs.
+`_METADATA` lists the leaves of the tree with their keys; an array's own metadata (`zarr.json`, or `.zarray` of zarr
+v2) says its shape, dtype and chunks. An array is named by its keys, joined with dots. TensorStore reads any of it;
+here a box is read chunk by chunk, into memory of the caller's, so that no more than a few chunks are held besides.
+Formats: orbax-checkpoint 0.11 to 0.12, both of its APIs.
 """
 
 from __future__ import annotations
@@ -41,11 +42,19 @@ _ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # value types with data; other 
 
 
 def find_items(given: Path) -> Path:
-    """The directory that holds the arrays. Raises `missing-directory`, `no-orbax`, `unfinished-checkpoint`, `which-item`."""
+    """The directory that holds the arrays. Raises `missing-directory`, `no-orbax`, `unfinished-checkpoint`,
+    `which-item`.
+    """
     if not given.is_dir():
-        raise fail("missing-directory", f"{given} is not a directory", help="give an Orbax checkpoint: its step, or its items")
+        raise fail(
+            "missing-directory", f"{given} is not a directory", help="give an Orbax checkpoint: its step, or its items"
+        )
     if UNFINISHED in str(given):
-        raise fail("unfinished-checkpoint", f"{given} was not finished: Orbax has not given it its name", help="give another step")
+        raise fail(
+            "unfinished-checkpoint",
+            f"{given} was not finished: Orbax has not given it its name",
+            help="give another step",
+        )
     found = _items(given)
     if found is None:
         steps = sorted((p for p in given.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name))
@@ -72,7 +81,9 @@ def _items(directory: Path) -> Path | None:
         return None  # steps without items: the caller takes the last
     if len(inside) > 1:
         names = ", ".join(p.name for p in inside[:8])
-        raise fail("which-item", f"{directory} holds several items: {names}", help="give the one that holds the parameters")
+        raise fail(
+            "which-item", f"{directory} holds several items: {names}", help="give the one that holds the parameters"
+        )
     return inside[0] if inside and not inside[0].name.isdigit() else None
 
 
@@ -100,7 +111,9 @@ def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Path]:
         files += [_identity(items, f"{'.'.join(a.path)}/{name}") for a in arrays]
     place = os.path.relpath(items, given)
     custom = _custom(items.parent) or _custom(items)
-    return Saved(tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, "" if place == "." else place), items
+    return Saved(
+        tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, "" if place == "." else place
+    ), items
 
 
 def check_saved(items: Path, files: Sequence[SourceFile]) -> None:
@@ -144,7 +157,9 @@ def _json(items: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(_read(items, name))
     except (ValueError, RecursionError) as error:
-        raise fail("orbax-json", f"{items / name} is not valid JSON: {error}", help="is the checkpoint whole?") from None
+        raise fail(
+            "orbax-json", f"{items / name} is not valid JSON: {error}", help="is the checkpoint whole?"
+        ) from None
     if not isinstance(value, dict):
         raise fail("orbax-json", f"{items / name} is not a JSON object", help="is the checkpoint whole?")
     return value
@@ -181,7 +196,8 @@ def _listed(items: Path) -> tuple[list[tuple[str, ...]], bool, bool]:
     """As `_tree`, of a database that no metadata describes: what is stored says itself."""
     import tensorstore as ts
 
-    store = ts.KvStore.open(_ocdbt(items, "")).result()
+    database = {name: value for name, value in _ocdbt(items, "").items() if name != "cache_pool"}
+    store = ts.KvStore.open(database).result()
     keys = [key.decode() for key in store.list().result()]
     for suffix, zarr3 in (("/zarr.json", True), ("/.zarray", False)):
         if found := sorted(tuple(k.removesuffix(suffix).split(".")) for k in keys if k.endswith(suffix)):
@@ -202,7 +218,9 @@ class ArrayReader:
 
         self._ts, self._items, self._zarr3, self._ocdbt = ts, items, zarr3, ocdbt
         # No chunk is kept once it has been copied out.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": INDEX_CACHE}})
+        self._context = ts.Context(
+            {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": INDEX_CACHE}}
+        )
         self._open: OrderedDict[tuple[str, ...], Any] = OrderedDict()
         self.bytes_read = 0  # of decoded chunks
 
@@ -227,12 +245,16 @@ class ArrayReader:
         except Exception as error:  # TensorStore raises ValueError, and others for what the system refuses
             name = "/".join(path)
             raise fail(
-                "orbax-array", f"the array {shown(name)} cannot be read: {str(error)[:300]}", help="is the checkpoint whole?"
+                "orbax-array",
+                f"the array {shown(name)} cannot be read: {str(error)[:300]}",
+                help="is the checkpoint whole?",
             ) from None
 
     def _spec(self, path: tuple[str, ...]) -> dict[str, Any]:
         name = ".".join(path) + "/"
-        store = _ocdbt(self._items, name) if self._ocdbt else {"driver": "file", "path": f"{self._items.resolve()}/{name}"}
+        store = (
+            _ocdbt(self._items, name) if self._ocdbt else {"driver": "file", "path": f"{self._items.resolve()}/{name}"}
+        )
         return {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": store}
 
     def read(
@@ -245,7 +267,8 @@ class ArrayReader:
     ) -> None:
         """Fills `out` with the indices start + i·stride, i below count, of each of `axes`, in pieces of whole chunks.
 
-        `out`: of the counts' shape and the array's dtype. `in_flight`: bytes of chunks that may be held beside it; one is always held.
+        `out`: of the counts' shape and the array's dtype. `in_flight`: bytes of chunks that may be held beside it; one
+        is always held.
         """
         if path not in self._open:
             self._open[path] = self._result(path, self._ts.open(self._spec(path), open=True, context=self._context))

@@ -1,6 +1,8 @@
-"""The original of a model on the Hub, as far as it is at hand: its config, the names and dtypes of its tensors, the files beside them.
+"""The original of a model on the Hub, as far as it is at hand: its config, the names and dtypes of its tensors, the
+files beside them.
 
-None of its weights are read: a directory with nothing but config.json and the tokenizer will do, and an index names the tensors.
+None of its weights are read: a directory with nothing but config.json and the tokenizer will do, and an index names
+the tensors.
 """
 
 from __future__ import annotations
@@ -16,20 +18,42 @@ from ckptc.io.reader import open_regular, pread, resolve
 from ckptc.ir.saved import Original
 from ckptc.ir.source import SourceFile
 
-# What `save_pretrained` of tokenizers, processors and generation writes, and what publishers put beside it. Never weights.
+# What `save_pretrained` of tokenizers, processors and generation writes, and what publishers put beside it. Never
+# weights.
 COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "*.jinja", "*preprocessor_config.json", "processor_config.json", "configuration_*.py",
-    "modeling_*.py", "tokenization_*.py", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*.jinja",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
 PLAIN = ("bfloat16", "float16", "float32")  # what a config may say of all tensors
 _BLOCK = 1 << 20
 
 
 def open_original(directory: Path) -> Original:
-    """What is known of the original in `directory`. Raises `missing-directory`, `missing-config`, and what reading files raises."""
+    """What is known of the original in `directory`. Raises `missing-directory`, `missing-config`, and what reading
+    files raises.
+    """
     if not directory.is_dir():
-        raise fail("missing-directory", f"{directory} is not a directory", help="give the directory with the original's config.json")
+        raise fail(
+            "missing-directory",
+            f"{directory} is not a directory",
+            help="give the directory with the original's config.json",
+        )
     config = read_config(directory)
     if config is None:
         raise fail("missing-config", f"{directory} has no {CONFIG}", help="download the original's config.json into it")

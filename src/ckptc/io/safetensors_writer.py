@@ -1,11 +1,13 @@
-"""safetensors files written in any order, at places known beforehand, under their final names only when all of them are whole.
+"""safetensors files written in any order, at places known beforehand, under their final names only when all of them
+are whole.
 
-    <directory>/.model-00001-of-00002.safetensors.ckptc-unfinished    while it is written: header first, then boxes at their places
-    <directory>/model-00001-of-00002.safetensors                      renamed when every file is on the disk
-    <directory>/model.safetensors.index.json, config.json             last, so that a directory with a config is a whole checkpoint
+    <directory>/.model-00001-of-00002.safetensors.ckptc-unfinished    while it is written: header first, then boxes at
+    their places <directory>/model-00001-of-00002.safetensors                      renamed when every file is on the
+    disk <directory>/model.safetensors.index.json, config.json             last, so that a directory with a config is a
+    whole checkpoint
 
-An interrupted run leaves nothing but hidden files of a name that no reader takes for weights; the next run removes them. The directory is
-locked while files are written to it.
+An interrupted run leaves nothing but hidden files of a name that no reader takes for weights; the next run removes
+them. The directory is locked while files are written to it.
 """
 
 from __future__ import annotations
@@ -69,12 +71,16 @@ class CheckpointWriter:
             os.close(self._lock)
             self._lock = -1
             raise fail(
-                "output-busy", f"another run is writing to {self._directory}", help="wait for it, or choose another --output"
+                "output-busy",
+                f"another run is writing to {self._directory}",
+                help="wait for it, or choose another --output",
             ) from None
         for name in os.listdir(self._directory):
             if name.endswith(UNFINISHED):
                 (self._directory / name).unlink()
-        self._replaced = [n for n in sorted(os.listdir(self._directory)) if n in (CONFIG, INDEX) or n.endswith(".safetensors")]
+        self._replaced = [
+            n for n in sorted(os.listdir(self._directory)) if n in (CONFIG, INDEX) or n.endswith(".safetensors")
+        ]
         if self._replaced and not force:
             raise fail(
                 "output-exists",
@@ -96,7 +102,8 @@ class CheckpointWriter:
                 raise
         except OSError as error:
             raise fail(
-                "unwritable-output", f"cannot write {file.name} of {file.size} bytes to {self._directory}: {error.strerror}"
+                "unwritable-output",
+                f"cannot write {file.name} of {file.size} bytes to {self._directory}: {error.strerror}",
             ) from None
         return descriptor
 
@@ -180,7 +187,9 @@ class CheckpointWriter:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Room on the disk for all of a file, so that a disk too small is known at once; where the system cannot say, its length alone."""
+    """Room on the disk for all of a file, so that a disk too small is known at once; where the system cannot say, its
+    length alone.
+    """
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:

@@ -1,4 +1,6 @@
-"""Records of an Orbax checkpoint, as its metadata states it. Pure data: `ckptc.io` reads them, `ckptc.compile` uses them."""
+"""Records of an Orbax checkpoint, as its metadata states it. Pure data: `ckptc.io` reads them, `ckptc.compile` uses
+them.
+"""
 
 from __future__ import annotations
 

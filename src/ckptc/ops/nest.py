@@ -129,18 +129,19 @@ def merge_axes(axes: tuple[AxisMap, ...], sizes: tuple[int, ...]) -> AxisMap:
     return AxisMap(start, factors)
 
 
-def split_axis(axis: AxisMap, inner: int) -> list[tuple[AxisMap, AxisMap, int, int]]:
+def split_axis(axis: AxisMap, inner: int, join: bool = True) -> list[tuple[AxisMap, AxisMap, int, int]]:
     """One axis as two, the second of size `inner`: pieces (outer map, inner map, added base, added first).
 
     One piece where the axis starts on a row of the new shape; where it begins or ends inside one, the incomplete rows are pieces of their own.
     Factors that do not fit the rows (a transposed 3x4 as 2x6) are cut where rows begin, once for each way they meet them.
+    With `join`, loops that advance as one become one; without, every loop of the pieces is part of one loop of the axis.
     """
     rows = sorted({axis.start, -(-axis.start // inner) * inner, axis.stop // inner * inner, axis.stop})
     cuts = [r for r in rows if axis.start <= r <= axis.stop]
     out = []
     for low, high in pairwise(cuts):
         for m, step, tensor in restrict(axis, low, high):
-            pieces = _split(m.start + low, (), _joined(m.factors), inner)
+            pieces = _split(m.start + low, (), _joined(m.factors) if join else m.factors, inner)
             out += [(outer, rest, step + s, tensor + t) for outer, rest, s, t in pieces]
     return out
 

@@ -7,58 +7,75 @@ checked once.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.diagnostics import InputError, fail
+from ckptc.diagnostics import fail
 from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import OpError, is_float, itemsize
 from ckptc.plan.model import Array, Plan, Source
 
 MAX_ELEMENTS = 1 << 50  # of an array: more is no checkpoint
-MAX_PAIRS = 20_000  # pairs of parts that are compared for overlaps; more parts are compared by count alone
+MAX_UNITS = 10_000_000  # of a plan; a unit is some megabytes
+MAX_PAIRS = 20_000  # pairs of parts that are compared for overlaps; of more parts none may stand twice
+MAX_INDICES = 1 << 26  # of an axis, where they are compared one by one
+MAX_LOOPS = 64  # of an axis, and steps of arithmetic: mappings make a handful
+
+
+class PlanError(ValueError):
+    """A plan contradicts itself. The message says how."""
 
 
 def check_plan(plan: Plan, name: str) -> None:
-    """Raises InputError `invalid-plan` where the plan contradicts itself. For plans from safetensors to Orbax."""
+    """Raises InputError `invalid-plan` where the plan contradicts itself. `name` is how the message calls it."""
+    try:
+        _check(plan)
+    except (PlanError, OpError, ValueError, IndexError, OverflowError) as error:
+        reason = str(error) if len(str(error)) < 400 else f"{str(error)[:400]}…"
+        raise fail("invalid-plan", f"{name} is not a plan that can be run: {reason}", help="compile it again") from None
+
+
+def _check(plan: Plan) -> None:
     for file in plan.files:
         if file.name.startswith("/") or "\\" in file.name or any(p in ("", ".", "..") for p in file.name.split("/")):
-            raise _refuse(name, f"`{file.name}` is not the name of a file inside a checkpoint")
+            raise PlanError(f"`{file.name}` is not the name of a file inside a checkpoint")
     for tensor in plan.tensors:
         if tensor.file >= len(plan.files):
-            raise _refuse(name, f"`{tensor.name}` is in file {tensor.file}, there are {len(plan.files)}")
-        if tensor.file >= 0 and tensor.end > plan.files[tensor.file].size:
-            raise _refuse(name, f"`{tensor.name}` ends at byte {tensor.end}, past its file's end")
+            raise PlanError(f"`{tensor.name}` is in file {tensor.file}, there are {len(plan.files)}")
+        if plan.made.kind == "import" and tensor.file >= 0 and tensor.end > plan.files[tensor.file].size:
+            raise PlanError(f"`{tensor.name}` ends at byte {tensor.end}, past its file's end")
+    for array in plan.arrays:
+        if any(p in (".", "..") or not p.isprintable() for p in array.path):
+            raise PlanError(f"`{array.name}` is not the path of an array")
+    if plan.made.kind == "export":
+        from ckptc.plan.check_export import check_export  # which needs what is below
+
+        check_export(plan)
+        return
+    if plan.outputs is not None:
+        raise PlanError("it is no export and has outputs of one")
     paths = [a.path for a in plan.arrays]
     if paths != sorted(set(paths)):
-        raise _refuse(name, "arrays are not in the order of their paths, each once")
+        raise PlanError("arrays are not in the order of their paths, each once")
+    for before, path in pairwise(paths):
+        if path[: len(before)] == before:
+            raise PlanError(f"`{'/'.join(before)}` is an array and holds others")
     checked: set[object] = set()
+    units = 0
     for array in plan.arrays:
-        if any(p in (".", "..") or "\0" in p for p in array.path):
-            raise _refuse(name, f"`{array.name}` is not the path of an array")
         for source in array.sources:
-            _check_tensors(plan, array, source, name)
-        kind = (
-            array.shape,
-            array.dtype,
-            array.chunk,
-            array.unit,
-            array.shards,
-            array.parts,
-            tuple(_kind(s) for s in array.sources),
-        )
+            check_tensors(plan, array, source)
+        sources = tuple(_kind(s) for s in array.sources)
+        kind = (array.shape, array.dtype, array.chunk, array.unit, array.shards, array.parts, sources)
         if kind not in checked:
-            try:
-                _check_array(array)
-            except (OpError, ValueError, IndexError, OverflowError) as error:
-                raise _refuse(name, f"array `{array.name}`: {error}") from None
+            check_array(array)
             checked.add(kind)
-
-
-def _refuse(name: str, reason: str) -> InputError:
-    return fail("invalid-plan", f"{name} is not a plan that can be run: {reason}", help="compile it again")
+        units += prod(-(-n // u) for n, u in zip(array.shape, array.unit, strict=True))
+    if units > MAX_UNITS:
+        raise PlanError(f"it has {units} units of work")
 
 
 def _kind(source: Source) -> tuple[object, ...]:
@@ -66,21 +83,26 @@ def _kind(source: Source) -> tuple[object, ...]:
     return (source.dtype, source.shape, len(source.tensors), d and (d.op, d.block, d.dtype, d.shape, len(d.tensors)))
 
 
-def _check_tensors(plan: Plan, array: Array, source: Source, name: str) -> None:
+def check_tensors(plan: Plan, array: Array, source: Source) -> None:
+    """Every tensor of a source has the bytes of its shape and dtype. Raises PlanError or OpError."""
     lists = [(source.tensors, source.shape, source.dtype)]
     if source.decode:
         lists.append((source.decode.tensors, source.decode.shape, source.decode.dtype))
     for positions, shape, dtype in lists:
-        try:
-            expected = prod(shape) * itemsize(dtype)
-        except OpError as error:
-            raise _refuse(name, f"array `{array.name}`: {error}") from None
+        expected = prod(shape) * itemsize(dtype)
         for position in positions:
             tensor = plan.tensors[position]
             if tensor.end - tensor.begin != expected:
-                raise _refuse(
-                    name, f"`{tensor.name}` has {tensor.end - tensor.begin} bytes, its shape and dtype {expected}"
-                )
+                found = tensor.end - tensor.begin
+                raise PlanError(f"`{tensor.name}` has {found} bytes, `{array.name}` reads {expected}")
+
+
+def check_array(array: Array) -> None:
+    """An array's sizes fit each other, and its parts cover it once. Raises PlanError, OpError or ValueError."""
+    try:
+        _check_array(array)
+    except (OpError, ValueError, IndexError, OverflowError) as error:
+        raise PlanError(f"array `{array.name}`: {error}") from None
 
 
 def _check_array(array: Array) -> None:
@@ -94,9 +116,11 @@ def _check_array(array: Array) -> None:
             raise ValueError(f"chunk {list(array.chunk)} does not fit unit {list(array.unit)} of {list(array.shape)}")
     itemsize(array.dtype)
     for part in array.parts:
-        _check_part(part, array)
+        check_part(part, array)
     if sum(p.size for p in array.parts) != prod(array.shape):
         raise ValueError("its parts do not cover it once")
+    if len({p.axes for p in array.parts}) != len(array.parts):
+        raise ValueError("two of its parts are one")
     if len(array.parts) ** 2 <= MAX_PAIRS:
         for number, part in enumerate(array.parts):
             box = tuple((a.start, a.stop) for a in part.axes)
@@ -115,17 +139,22 @@ def _meet(part: Part, inside: Part, box: tuple[tuple[int, int], ...]) -> bool:
 
 def _indices(axis: AxisMap) -> npt.NDArray[np.int64]:
     """Every index of an axis that a part covers."""
+    if axis.size > MAX_INDICES:
+        raise ValueError("an axis is longer than one can be")
     out = np.array([axis.start], dtype=np.int64)
     for f in axis.factors:
         out = (out[:, None] + np.arange(f.size, dtype=np.int64) * f.weight).reshape(-1)
     return out
 
 
-def _check_part(part: Part, array: Array) -> None:
+def check_part(part: Part, array: Array) -> None:
+    """A part stays inside the array and inside its source. Raises ValueError or OpError."""
     if len(part.axes) != len(array.shape):
         raise ValueError("a part has another number of axes")
     source = array.sources[part.source] if part.source is not None else None
     last, last_tensor = part.base, part.first
+    if max([len(part.math), *(len(a.factors) for a in part.axes)]) > MAX_LOOPS:
+        raise ValueError("a part of more steps than a mapping makes")
     for axis, size in zip(part.axes, array.shape, strict=True):
         if any(f.size < 1 or f.weight < 1 for f in axis.factors):
             raise ValueError("a loop without iterations, or that does not move")

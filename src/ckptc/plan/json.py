@@ -17,7 +17,7 @@ from jsonschema.exceptions import best_match
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.ops.nest import AxisMap, Factor, Part
-from ckptc.plan.export_json import decode_outputs, encode_exactness, encode_outputs
+from ckptc.plan.export_json import decode_outputs, encode_exactness, encode_outputs, without_lists
 from ckptc.plan.model import FORMAT, Array, Choices, Decode, Exactness, File, LeftOut, Made, Plan, Source, Tensor, Totals
 from ckptc.spec.resources import schema
 
@@ -154,6 +154,8 @@ def _validate(body: dict[str, Any], name: str) -> None:
     # The long tables are checked here: jsonschema would take seconds for tens of thousands of rows. The schema says the same of them.
     rows = body.get("tensors")
     light = {**body, "tensors": rows[:1] if isinstance(rows, list) else rows}
+    if isinstance(body.get("outputs"), dict):
+        light["outputs"] = without_lists(body["outputs"])
     lists: list[list[Any]] = []
     if isinstance(body["arrays"], list):
         # Arrays of different layers differ in their paths and tensors alone: each kind is validated once.

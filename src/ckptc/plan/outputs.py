@@ -1,8 +1,8 @@
 """What an export writes: safetensors files laid out byte by byte before anything is read, and what goes beside them.
 
-A file is `u64 N` (little-endian), `N` bytes of JSON, the tensors' bytes. The JSON is padded with spaces to a multiple of eight, so that
-tensors begin aligned. Format: the section "Format" of the README at https://github.com/huggingface/safetensors; names and index as
-`save_pretrained` of transformers writes them.
+A file is `u64 N` (little-endian), `N` bytes of JSON, the tensors' bytes. The JSON is padded with spaces to a multiple
+of eight, so that tensors begin aligned. Format: the section "Format" of the README at
+https://github.com/huggingface/safetensors; names and index as `save_pretrained` of transformers writes them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,22 @@ METADATA = {"format": "pt"}
 
 # The format's names of dtypes, by ours.
 DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int16": "I16", "uint16": "U16",
-    "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64", "int64": "I64",
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
     "uint64": "U64",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +70,18 @@ class Outputs:
     companions: tuple[File, ...]  # copied from the original's directory; `header` is the digest of all of the file
     padding: tuple[Padding, ...] = ()
     twins: tuple[Array, ...] = ()  # where stored arrays hold a tensor twice: what the others say, to be compared
-    chunks: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # of stored arrays, by position in `Plan.tensors`
+    chunks: Mapping[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of stored arrays, by position in `Plan.tensors`
     notes: tuple[str, ...] = ()  # for people: what differs from the original, and why
 
 
 def lay_out(arrays: Sequence[Array], most: int) -> tuple[tuple[Array, ...], tuple[OutputFile, ...]]:
     """The files for arrays in this order, none of more than `most` bytes of tensors unless a single tensor is larger.
 
-    Within a file the arrays of wider elements come first, as the format's reference writer has them, so that each begins at a multiple of
-    its element's size, which readers that map files rely on. Returns the arrays in that order, too.
+    Within a file the arrays of wider elements come first, as the format's reference writer has them, so that each
+    begins at a multiple of its element's size, which readers that map files rely on. Returns the arrays in that order,
+    too.
     """
     groups: list[list[Array]] = []
     size = 0

@@ -73,17 +73,13 @@ class Rows:
     @property
     def read(self) -> Read:
         """The runs of rows of codes. Counted in elements of the stored tensor."""
-        read, n = self._read, self.layout.stored
-        return Read(read.start * n, read.length * n, tuple((count, step * n) for count, step in read.loops))
-
-    @property
-    def _read(self) -> Read:
-        return _runs(self.first, self.loops)
+        n = self.layout.stored
+        return _runs(self.first * n, [*((count, step * n) for count, step in self.loops), (n, 1)])
 
     def places(self) -> Numbers:
         """Where each row's codes lie in what `read` reads, counted in rows: int64[count]."""
-        read, at = self._read, []
-        step = read.size
+        read, at = self.read, []
+        step = read.size // self.layout.stored
         for count, _ in read.loops:
             step //= count
             at.append((count, step))
@@ -162,7 +158,7 @@ def plan_read(part: Part) -> Read:
 
 
 def _runs(start: int, loops: Sequence[tuple[int, int]]) -> Read:
-    """From the innermost loop outwards, a loop joins the run while its gaps are short and their sum stays within WASTE."""
+    """From the innermost loop outwards, a loop joins the run while its gaps are short and within WASTE."""
     needed, extent, outer = 1, 1, len(loops)
     while outer > 0:
         count, step = loops[outer - 1]

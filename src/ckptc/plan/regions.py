@@ -1,7 +1,8 @@
 """Which box of a stored array a part needs, and the part's steps within that box once it is in memory.
 
-A part of an exported tensor steps through a stored array by elements, row-major. Each of its loops stays within one axis of that array
-(`compile.invert` sees to it), so what it needs is a box with a stride along each axis: read whole, with nothing between the strides.
+A part of an exported tensor steps through a stored array by elements, row-major. Each of its loops stays within one
+axis of that array (`compile.invert` sees to it), so what it needs is a box with a stride along each axis: read whole,
+with nothing between the strides.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Region:
                 first, last = start // c, (start + (count - 1) * stride) // c
                 touched = min((last + 1) * c, n) - first * c
             else:  # chunks between the strides are not touched
-                touched = sum(min((at // c + 1) * c, n) - at // c * c for at in range(start, start + count * stride, stride))
+                touched = sum(
+                    min((at // c + 1) * c, n) - at // c * c for at in range(start, start + count * stride, stride)
+                )
             out *= touched
         return out
 
@@ -103,16 +106,20 @@ def bases(arrays: Sequence[Array]) -> Numbers:
 
 
 def needs(array: Array, begins: Numbers, box: Box, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[int, Region]]:
-    """What the same box of each of some alike arrays needs of each source: its position among theirs, and the region for all of them.
+    """What the same box of each of some alike arrays needs of each source: its position among theirs, and the region
+    for all of them.
 
-    The arrays differ from `array` in where their parts begin alone, which is `begins` (see `bases`); `shapes` are those of their sources.
+    The arrays differ from `array` in where their parts begin alone, which is `begins` (see `bases`); `shapes` are
+    those of their sources.
     """
     found: dict[int, list[Region]] = {}
     for number, part in enumerate(array.parts):
         source = part.source or 0
         for inside in restrict_part(part, box):
             one = region(inside, shapes[source])
-            found.setdefault(source, []).append(_spread(one, begins[:, number] + (inside.base - part.base), shapes[source]))
+            found.setdefault(source, []).append(
+                _spread(one, begins[:, number] + (inside.base - part.base), shapes[source])
+            )
     for source, regions in sorted(found.items()):
         yield source, union(regions)
 
@@ -125,7 +132,7 @@ def _spread(one: Region, begins: Numbers, shape: Sequence[int]) -> Region:
     for (_, stride, count), step in zip(one.axes, strides(shape), strict=True):
         starts, rest = np.divmod(rest, step)
         low, high = int(starts.min()), int(starts.max()) + stride * (count - 1)
-        apart = int(np.gcd.reduce(starts - low))
+        apart = gcd(*np.unique(starts - low).tolist())
         common = gcd(apart, stride if count > 1 else 0) or 1
         axes.append((low, common, (high - low) // common + 1))
     return Region(tuple(axes))

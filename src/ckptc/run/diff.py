@@ -1,8 +1,9 @@
-"""Two checkpoints compared, tree and values: which arrays only one has, which differ in shape, dtype or values, and by how much.
+"""Two checkpoints compared, tree and values: which arrays only one has, which differ in shape, dtype or values, and by
+how much.
 
-Either may be safetensors or Orbax. Arrays are paired by name: a tensor's name, or an array's path joined with slashes. Values are read box
-by box, both sides of one box at a time, in boxes of whole chunks where a side has chunks; so memory is what two boxes need, and their
-numbers once more as float64 where they differ in any bit.
+Either may be safetensors or Orbax. Arrays are paired by name: a tensor's name, or an array's path joined with slashes.
+Values are read box by box, both sides of one box at a time, in boxes of whole chunks where a side has chunks; so
+memory is what two boxes need, and their numbers once more as float64 where they differ in any bit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box
 
 Values = npt.NDArray[Any]
-SHARE = 32  # a box takes at most this fraction of the budget: two of them, and both as float64 with what is computed of them
+SHARE = 32  # a box takes at most this fraction of the budget: there are two, and numbers computed from both
 PIECE = 1 << 20  # elements compared as float64 at once
 
 
@@ -109,7 +110,9 @@ class OrbaxSide(Side):
 def open_side(directory: Path, memory: int) -> Side:
     """The checkpoint in a directory, whichever kind it is. Raises what opening either raises."""
     if not directory.is_dir():
-        raise fail("missing-directory", f"{directory} is not a directory", help="give a checkpoint: safetensors, or Orbax")
+        raise fail(
+            "missing-directory", f"{directory} is not a directory", help="give a checkpoint: safetensors, or Orbax"
+        )
     if any(directory.glob("*.safetensors")):
         return SafetensorsSide(directory)
     return OrbaxSide(directory, memory)
@@ -178,7 +181,9 @@ def _pieces(x: Values, y: Values) -> Iterator[tuple[int, float, float]]:
 
 
 def boxes(a: Entry, b: Entry, most: int) -> Iterator[Box]:
-    """Boxes of at most `most` bytes that cover an array, row-major: whole chunks of a side that has them, if they fit; and no box is empty."""
+    """Boxes of at most `most` bytes that cover an array, row-major: whole chunks of a side that has them, if they fit;
+    and no box is empty.
+    """
     size = max(itemsize(a.dtype), itemsize(b.dtype))
     chunk = a.chunk or b.chunk
     unit = [min(c, n) for c, n in zip(chunk, a.shape, strict=True)] if chunk else [1] * len(a.shape)

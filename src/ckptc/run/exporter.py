@@ -1,11 +1,14 @@
-"""Running an export's plan: chunks of stored arrays are read once for all the tensors of a batch, and each tensor's box is written in place.
+"""Running an export's plan: chunks of stored arrays are read once for all the tensors of a batch, and each tensor's
+box is written in place.
 
-A batch is several tensors that lie in the same chunks. For each of its units, what all of them need of each stored array is read as one
-box; from it each tensor's own box is copied, with arithmetic, into one buffer, and written where the plan says it belongs in the output.
-Buffers are as large as the plan's largest unit needs and are reused; besides there are the chunks being decoded, and the kernel's scratch.
+A batch is several tensors that lie in the same chunks. For each of its units, what all of them need of each stored
+array is read as one box; from it each tensor's own box is copied, with arithmetic, into one buffer, and written where
+the plan says it belongs in the output. Buffers are as large as the plan's largest unit needs and are reused; besides
+there are the chunks being decoded, and the kernel's scratch.
 
-After the tensors, what no tensor has a place for is looked at: padding that training has changed is counted, and where arrays hold a tensor
-twice, the second is compared with the one that was taken. Neither stops an export; both are said in its report.
+After the tensors, what no tensor has a place for is looked at: padding that training has changed is counted, and where
+arrays hold a tensor twice, the second is compared with the one that was taken. Neither stops an export; both are said
+in its report.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ def export(
 ) -> ExportReport:
     """Executes exactly the plan, into `output`. `companions`: the directory with the files to copy, if there are any.
 
-    Raises InputError: `unknown-source`, `source-changed`, what `find_items` and `CheckpointWriter` raise, and what reading raises.
+    Raises InputError: `unknown-source`, `source-changed`, what `find_items` and `CheckpointWriter` raise, and what
+    reading raises.
     """
     started = time.perf_counter()
     outputs = plan.outputs
@@ -88,7 +92,9 @@ def _find(plan: Plan, source: Path | None) -> Path:
         source = recall(plan.made.source or "")
     if source is None:
         raise fail(
-            "unknown-source", "where the plan's checkpoint lies is not known on this machine", help="say it with `--source DIR`"
+            "unknown-source",
+            "where the plan's checkpoint lies is not known on this machine",
+            help="say it with `--source DIR`",
         )
     return find_items(source)
 
@@ -154,7 +160,9 @@ class Exporter:
     def _boxes(
         self, numbers: Sequence[int], arrays: Sequence[Array], begins: Numbers, box: Box
     ) -> Iterator[tuple[int, Array, npt.NDArray[Any]]]:
-        """The same box of each of some alike arrays, from boxes of the stored arrays that are read for all of them at once."""
+        """The same box of each of some alike arrays, from boxes of the stored arrays that are read for all of them at
+        once.
+        """
         sources = arrays[0].sources
         regions = dict(needs(arrays[0], begins, box, [s.shape for s in sources]))
         held: dict[int, npt.NDArray[Any]] = {}
@@ -201,18 +209,20 @@ class Exporter:
                     break
         for rule, names in differ.items():
             count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
-            yield f"`{rule}` holds {count} that another array holds too, with other values: {names[0]}; the first array's are taken"
+            yield f"`{rule}` holds {count} of another array with other values: {names[0]}; the other array's are taken"
 
     def padding(self) -> Iterator[str]:
         """Looks for values where there should be padding; says how many rows have any."""
         for padding in self.outputs.padding:
-            rows = sum(self._trained_rows(padding, low, high) for low, high in _slabs(padding, self.plan.choices.memory // 4))
+            rows = sum(
+                self._trained_rows(padding, low, high) for low, high in _slabs(padding, self.plan.choices.memory // 4)
+            )
             low, high = padding.box[padding.axis] if padding.box else (0, 1)
             if rows:
                 name = self.plan.tensors[padding.tensor].name
                 yield (
-                    f"{rows} of the {high - low} rows of padding of `{name}` carry trained values (they should be {padding.value:g}): "
-                    "no tensor has a place for them, they are left out"
+                    f"{rows} of the {high - low} rows of padding of `{name}` carry trained values (they should be "
+                    f"{padding.value:g}): no tensor has a place for them, they are left out"
                 )
 
     def _trained_rows(self, padding: Padding, low: int, high: int) -> int:

@@ -157,17 +157,14 @@ def _can_restrict(node: Node, name: str) -> bool:
 
 
 def _has(node: Node, axis: Axis) -> bool:
-    """Whether every node has the axis, every leaf in its grid, and no op looks into it."""
+    """Whether every node has the axis, every leaf in its grid, and no op works along it. (A pattern that looked into it
+    would have given it another name, or another size: then `restrict` raises.)"""
     if axis not in node.type.axes:
         return False
     if isinstance(node, Leaf):
         return axis in node.grid
     if isinstance(node, Apply):
-        if isinstance(node.op, Rearrange):
-            groups = [g for side in (node.op.left, node.op.right) for g in side]
-            if any(a.name == axis.name and len(g) > 1 for g in groups for a in g):
-                return False
-        elif getattr(node.op, "axis", None) == axis.name:
+        if getattr(node.op, "axis", None) == axis.name:
             return False
         return all(_has(child, axis) for child in node.inputs)
     return True

@@ -177,6 +177,8 @@ def constant(part: Part, dtype: str) -> npt.NDArray[Any]:
     for step, operand in part.math:
         if step == "scale":
             value = np.float32(value * np.float32(operand))
+        elif step == "unscale":
+            value = np.float32(value / np.float32(operand))
         elif step == "add":
             value = np.float32(value + np.float32(operand))
         else:

@@ -147,7 +147,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _environment() -> _Environment:
-    env = _Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_in_a_name, optimized=False)
+    env = _Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_in_a_name)
     env.globals.clear()
     env.filters = {"default": _default}
     env.tests.clear()
