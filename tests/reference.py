@@ -98,9 +98,7 @@ def tree(model: str, layout: str) -> dict[str, tuple[tuple[int, ...], tuple[str 
 @functools.cache
 def trees() -> dict[str, dict[str, dict[str, Any]]]:
     """Every tree: {model: {layout: {path as saved: [shape, axes]}}}."""
-    loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(
-        lzma.decompress((DATA / "trees.json.xz").read_bytes())
-    )
+    loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(lzma.decompress((DATA / "trees.json.xz").read_bytes()))
     return loaded
 
 

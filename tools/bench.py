@@ -184,13 +184,23 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the source from the page cache before each run")
     parser.add_argument("--only", action="append", help="measure only these modes (cp + sync always)")
-    parser.add_argument("--with", action="append", default=[], dest="extra", metavar="OPTIONS", help="also ckptc with these options")
+    parser.add_argument(
+        "--with", action="append", default=[], dest="extra", metavar="OPTIONS", help="also ckptc with these options"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     source = args.work / "source"
     if not source.exists():
         args.work.mkdir(parents=True, exist_ok=True)
-        make = [sys.executable, str(HERE / "make_checkpoint.py"), str(source), "--family", "llama", "--gigabytes", str(args.gigabytes)]
+        make = [
+            sys.executable,
+            str(HERE / "make_checkpoint.py"),
+            str(source),
+            "--family",
+            "llama",
+            "--gigabytes",
+            str(args.gigabytes),
+        ]
         subprocess.run(make, check=True)
     size = sum(p.stat().st_size for p in source.glob("*.safetensors")) / 1e9
     wanted = [m for m in modes(args.extra) if not args.only or m.name in args.only or m.name == "cp + sync"]
@@ -202,9 +212,13 @@ def main() -> None:
         if "failed" in row:
             print(f"| {row['mode']} | failed: {row['failed']} | | |")
         else:
-            print(f"| {row['mode']} | {row['rate']} ({row['worst']} to {row['best']}) | {row['cpu_s_per_gb']} | {row['peak_mb']} MB |")
+            print(
+                f"| {row['mode']} | {row['rate']} ({row['worst']} to {row['best']}) | {row['cpu_s_per_gb']} | {row['peak_mb']} MB |"
+            )
     if args.json:
-        args.json.write_text(json.dumps({"gigabytes": size, "cache": cache, "runs": args.runs, "modes": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"gigabytes": size, "cache": cache, "runs": args.runs, "modes": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

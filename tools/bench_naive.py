@@ -23,7 +23,15 @@ def main() -> None:
         parts = [tensors[f"model.layers.{i}.{name}.weight"] for i in range(layers)]
         return np.stack([p.T if transpose else p for p in parts], axis=1)
 
-    kernels = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    kernels = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
     tree = {
         "embedding": tensors["model.embed_tokens.weight"],
         "logits": np.ascontiguousarray(tensors["lm_head.weight"].T),

@@ -29,8 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forward_cases import CASES, Case
 
+from forward_cases import DENSE, SPARSE, Case
+from forward_cases_wide import WIDE
+
+CASES = [*DENSE, *SPARSE, *WIDE]
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3  # of the largest logit: far above float32 noise, far below any wrong array
 
@@ -122,7 +125,12 @@ def table(rows: list[Row]) -> str:
 
     lines = [["CASE", "MODEL", "LAYOUT", "MAX |D|", "RELATIVE", "KL", "TOP-1", "VERDICT"]]
     for row in rows:
-        numbers = [number(row.largest, ".1e"), number(row.relative, ".1e"), number(row.kl, ".1e"), number(row.top1, ".1%")]
+        numbers = [
+            number(row.largest, ".1e"),
+            number(row.relative, ".1e"),
+            number(row.kl, ".1e"),
+            number(row.top1, ".1%"),
+        ]
         lines.append([row.case, row.model, row.layout, *numbers, row.verdict])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -131,7 +139,9 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path, metavar="WORKDIR", help="where checkpoints and logits go; some MB")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="only these cases (default: all)")
     parser.add_argument("--transformers-python", required=True, metavar="PYTHON", help="has torch and transformers")
@@ -148,7 +158,9 @@ def main() -> int:
     rows = work_through(options.work.resolve(), cases, layouts, options.transformers_python, options.maxtext_python)
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"
+        )
     return int(any(row.verdict in ("DIFFERS", "FAILED") for row in rows))
 
 

@@ -23,7 +23,7 @@ class Case:
     tokens: int = 150  # token ids are below this
     batch: int = 2
     length: int = 32
-    note: str = ""  # what MaxText needs, beyond its own configuration of the model, to compute the same
+    note: str = ""  # where the configuration is not the published one, so that both sides compute the same
     deviation: str = ""  # how MaxText's model is known to differ all the same, if it does
 
 
@@ -49,14 +49,18 @@ MAXTEXT = [
 ]
 
 
-
-
 def rope(theta: float, **others: Any) -> dict[str, Any]:
     return {"rope_theta": float(theta), "rope_type": "default", **others}
 
 
 def yarn(theta: float, factor: float, **others: Any) -> dict[str, Any]:
-    defaults = {"rope_type": "yarn", "factor": factor, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+    defaults = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+    }
     return rope(theta, **{**defaults, **others})
 
 
@@ -69,16 +73,24 @@ def case(
     model: str = "",
     **others: Any,
 ) -> Case:
-    """A case of the common sizes, where `config` and `maxtext` say no others."""
-    return Case(name, family, model or name, architecture, {**SIZES, **config}, [*MAXTEXT, *(maxtext or [])], **others)
+    """A case of the common sizes, where `config` and `maxtext` say no others. A wrapped text model brings its own."""
+    config = config if "text_config" in config else {**SIZES, **config}
+    return Case(name, family, model or name, architecture, config, [*MAXTEXT, *(maxtext or [])], **others)
 
 
 # MaxText adds rows to the vocabulary of most models with tied embeddings, and scales those of Gemma by the root of the width: an exact
 # number at 64.
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "vocab_size": 150}
 PADDED = ["padded_vocab=160"]
-GEMMA: dict[str, Any] = {**TIED, "hidden_size": 64, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+GEMMA: dict[str, Any] = {**TIED, "hidden_size": 64, "num_attention_heads": 4, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA_MAXTEXT = ["base_emb_dim=64", "base_num_query_heads=4"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
 LLAMA = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 QWEN = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_parameters": rope(1_000_000)}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
@@ -99,8 +111,24 @@ DENSE = [
         "llama2",
         "LlamaForCausalLM",
         {**LLAMA, "rope_parameters": rope(500_000, **LLAMA3)},
-        ["rope_type=llama3.1"],
-        note="rope_type=llama3.1: without it MaxText scales rotary positions of models named llama3.1 only",
+        deviation="MaxText scales rotary frequencies for models named llama3.1 only",
+    ),
+    # Therefore: the same with no scaling on either side, and the way the mapping recommends.
+    case(
+        "llama3.3-70b-unscaled",
+        "llama2",
+        "LlamaForCausalLM",
+        {**LLAMA, "rope_parameters": rope(500_000)},
+        model="llama3.3-70b",
+        note="without Llama 3.1's scaling of rotary frequencies on either side",
+    ),
+    case(
+        "llama3.3-70b-as-3.1",
+        "llama3.1",
+        "LlamaForCausalLM",
+        {**LLAMA, "rope_parameters": rope(500_000, **LLAMA3)},
+        model="llama3.1-70b-Instruct",
+        note="Llama 3.3 as the mapping recommends it: by the name llama3.1-70b-Instruct",
     ),
     case(
         "mistral-7b",
@@ -109,7 +137,14 @@ DENSE = [
         {**LLAMA, "rope_parameters": rope(1_000_000), "sliding_window": None},
         note="rotary base 1,000,000 and no sliding window, as of version 0.3: MaxText has no other",
     ),
-    case("gemma-2b", "gemma", "GemmaForCausalLM", {**GEMMA, "rope_parameters": rope(10_000)}, ["base_emb_dim=64"], set=PADDED),
+    case(
+        "gemma-2b",
+        "gemma",
+        "GemmaForCausalLM",
+        {**GEMMA, "rope_parameters": rope(10_000)},
+        ["base_emb_dim=64"],
+        set=PADDED,
+    ),
     case(
         "gemma2-2b",
         "gemma2",
@@ -123,7 +158,7 @@ DENSE = [
             "final_logit_softcapping": 30.0,
             "rope_parameters": rope(10_000),
         },
-        ["base_emb_dim=64", "sliding_window_size=8"],
+        [*GEMMA_MAXTEXT, "sliding_window_size=8"],
         set=PADDED,
     ),
     case(
@@ -154,7 +189,7 @@ DENSE = [
             },
             "mm_tokens_per_image": 4,
         },
-        ["base_emb_dim=64", "base_num_decoder_layers=14", "sliding_window_size=8"],
+        [*GEMMA_MAXTEXT, "base_num_decoder_layers=14", "sliding_window_size=8"],
     ),
     case("qwen2.5-1.5b", "qwen2.5", "Qwen2ForCausalLM", {**QWEN, **TIED, "head_dim": 8}, ["head_dim=8"], set=PADDED),
     case("qwen2.5-7b", "qwen2.5", "Qwen2ForCausalLM", {**QWEN, "head_dim": 8}, ["head_dim=8"]),
@@ -173,11 +208,12 @@ DENSE = [
             "sliding_window": 8,
             "layer_types": windows("sssfsssf"),
             "rope_parameters": {
-                "sliding_attention": rope(500_000),
+                "sliding_attention": yarn(500_000, 8.0, original_max_position_embeddings=8192),
                 "full_attention": yarn(500_000, 8.0, original_max_position_embeddings=8192),
             },
         },
         ["base_num_decoder_layers=8", "base_num_kv_heads=6", "head_dim=8", "sliding_window_size=8"],
+        note="YaRN on every layer: transformers 5 leaves it out of sliding attention, MaxText does not",
     ),
 ]
 
@@ -219,36 +255,4 @@ SPARSE = [
         },
         [*MOE_MAXTEXT, "head_dim=16", "base_num_decoder_layers=4", "sliding_window_size=8"],
     ),
-    case(
-        "qwen3-next-80b-a3b",
-        "qwen3-next",
-        "Qwen3NextForCausalLM",
-        {
-            **QWEN,
-            **MOE,
-            "head_dim": 16,
-            "num_hidden_layers": 8,
-            "shared_expert_intermediate_size": 28,
-            "linear_conv_kernel_dim": 4,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 10,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "norm_topk_prob": True,
-            "layer_types": windows("lllflllf"),
-            "rope_parameters": rope(10_000_000, partial_rotary_factor=0.25),
-        },
-        [
-            *MOE_MAXTEXT,
-            "head_dim=16",
-            "base_num_decoder_layers=8",
-            "gdn_conv_kernel_dim=4",
-            "gdn_key_head_dim=6",
-            "gdn_value_head_dim=10",
-            "gdn_num_key_heads=2",
-            "gdn_num_value_heads=4",
-        ],
-    ),
 ]
-
-CASES = [*DENSE, *SPARSE]

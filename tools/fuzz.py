@@ -375,7 +375,9 @@ def show(kind: str, seed: int, number: int) -> int:
         faulthandler.dump_traceback_later(LIMIT, file=os.fdopen(os.dup(2), "w"))  # where a hang hangs
         outcome = attempt(kind, seed, number, base, Path(folder) / "box")
         os.chdir("/")
-    print(f"{outcome.lies}\n{outcome.text}\ncode {outcome.code}, {outcome.said}, {outcome.seconds:.1f} s: {outcome.wrong or 'as it should be'}")
+    print(
+        f"{outcome.lies}\n{outcome.text}\ncode {outcome.code}, {outcome.said}, {outcome.seconds:.1f} s: {outcome.wrong or 'as it should be'}"
+    )
     return 1 if outcome.wrong else 0
 
 

@@ -57,7 +57,14 @@ def make(rng: random.Random) -> Case:
     case.files = {f"checkpoint/{n}": content for n, content in files.items()}
     case.links = {f"checkpoint/{n}": target for n, target in case.links.items()}
     case.holes = {f"checkpoint/{n}": size for n, size in case.holes.items()}
-    source = ["--model", model, "--source", "checkpoint", *options, *rng.choice(([], ["--no-scan"], ["--memory", "1MiB"]))]
+    source = [
+        "--model",
+        model,
+        "--source",
+        "checkpoint",
+        *options,
+        *rng.choice(([], ["--no-scan"], ["--memory", "1MiB"])),
+    ]
     if rng.random() < 0.1:
         case.argv = ["convert", *source, "--output", "out", "--jobs", "1", "--quiet"]
     else:
@@ -229,7 +236,11 @@ def index_value(rng: random.Random, files: Files, case: Case) -> None:
     name = "model.safetensors.index.json"
     shards = [n for n in files if n.endswith(".safetensors")]
     try:
-        index = json.loads(files[name]) if name in files else {"weight_map": {k: n for n in shards for k in split(files[n])[0]}}
+        index = (
+            json.loads(files[name])
+            if name in files
+            else {"weight_map": {k: n for n in shards for k in split(files[n])[0]}}
+        )
         names = index["weight_map"]
         key = rng.choice(list(names))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -276,7 +287,9 @@ def other_names(rng: random.Random, files: Files, case: Case) -> None:
             files.pop("model.safetensors.index.json", None)
             case.lies.append(f"{name} twice, no index")
         case 2:
-            case.links[name] = rng.choice(("/dev/zero", "/dev/null", "nowhere", ".", "../../outside/precious.txt", name))
+            case.links[name] = rng.choice(
+                ("/dev/zero", "/dev/null", "nowhere", ".", "../../outside/precious.txt", name)
+            )
             case.lies.append(f"{name} is a link to {case.links[name]}")
         case 3:
             files["\udcff.safetensors".encode("utf-8", "surrogateescape").decode("latin-1")] = files[name]

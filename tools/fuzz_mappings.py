@@ -59,11 +59,13 @@ PATTERNS = (
     "embed embed", "vocab embed -> embed", "(vocab embed) -> vocab embed", "x" * 2500, "a " * 900, "é", "embed ... -> ...", "embed=4", "_ _", "(" * 100,
     "vocab embed -> (vocab embed)", "vocab embed -> vocab embed layer", "2 embed -> embed 2", "0 embed", "-1", "vocab  embed",
 )  # fmt: skip
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=False)
+)
 DOCUMENTS = (
     BOMB, "a: &a [*a]\n", "{" * 3000, "[" * 3000 + "]" * 3000, "- " * 2000 + "x", "? " * 2000 + "x", "a: " * 500, "", "null", "[]", "just text", "---\n---\n",
     "a: !!python/object/apply:os.system [id]\n", "%YAML 1.1\n---\na: yes\n", "a: 1\na: 2\n", "\0", "\t", "a: |\n" + " x\n" * 9000, "x" * 260_000,
-    "<<: {a: b}\n", "a: 0o" + "7" * 4000, "a: 1:" + "59:" * 1000, "? [a]\n: b\n", "a: 2001-01-01", "a: " + "9" * 5000, "a: .nan", "a: 'unclosed", "a: \"\\ud800\"",
+    "<<: {a: b}\n", "a: 0o" + "7" * 4000, "a: 1:" + "59:" * 1000, "? [a]\n: b\n", "a: 2001-01-01", "a: " + "9" * 5000, "a: .nan", "a: 'unclosed", "a: \"\\ud800\"",  # noqa: E501
     "".join(f"k{n}: {n}\n" for n in range(9000)), "&a " * 1000, "!" * 1000, "*x", "a: >\n\n" + "\n" * 50_000, "{" + "a: {" * 60 + "}" * 61,
 )  # fmt: skip
 
@@ -105,7 +107,10 @@ def make(rng: random.Random) -> Case:
         case.argv = ["compile", "--mapping", "mapping.yaml", "--model", model]
         case.argv += rng.choice(([], [], ["--no-scan"], ["--multimodal"], ["--memory", "1MiB"]))
         if rng.random() < 0.1:
-            case.argv += ["--set", f"{rng.choice(list(json.loads(_data(family))['dims']))}={rng.choice(EXPRESSIONS)[:200]}"]
+            case.argv += [
+                "--set",
+                f"{rng.choice(list(json.loads(_data(family))['dims']))}={rng.choice(EXPRESSIONS)[:200]}",
+            ]
             case.lies.append(str(case.argv[-1])[:60])
     return case
 
@@ -135,7 +140,9 @@ def _text(rng: random.Random, text: bytes) -> tuple[bytes, str]:
         case 6:
             return text + b"\n" + document, f"{document[:30]!r} after it"
         case _:
-            name = rng.choice((b"&a ", b"*a", b"!!str ", b"<<: *a", b"? ", b"|", b"'", b'"', b"\xe2\x80\xa8", b"\x85", b"\x1b", b"\t"))
+            name = rng.choice(
+                (b"&a ", b"*a", b"!!str ", b"<<: *a", b"? ", b"|", b"'", b'"', b"\xe2\x80\xa8", b"\x85", b"\x1b", b"\t")
+            )
             column = rng.randrange(len(lines[at]) + 1)
             lines[at] = lines[at][:column] + name + lines[at][column:]
             return b"\n".join(lines), f"{name!r} in line {at}"
@@ -157,9 +164,15 @@ def _value(rng: random.Random, data: dict[str, Any]) -> str:
             new = rng.choice(EXPRESSIONS)
         case 3:
             loops = [p for p in every if len(p) > 1 and p[-2] in ("for", "stack")]
-            path, new = rng.choice(loops or every), rng.choice((*EXPRESSIONS, 99_999, 10**6, 0, -1, list(range(2000)), {}, []))
+            path, new = (
+                rng.choice(loops or every),
+                rng.choice((*EXPRESSIONS, 99_999, 10**6, 0, -1, list(range(2000)), {}, [])),
+            )
         case 4:
-            path, new = rng.choice([p for p in texts if p[-1] in ("from", "source", "at")] or texts), rng.choice(TEMPLATES)
+            path, new = (
+                rng.choice([p for p in texts if p[-1] in ("from", "source", "at")] or texts),
+                rng.choice(TEMPLATES),
+            )
         case 5:
             path, new = rng.choice([p for p in texts if p[-1] == "as"] or texts), rng.choice(PATTERNS)
         case 6:

@@ -24,7 +24,21 @@ PLANS = {
 }
 SET = ["--set", "padded_vocab=160"]
 EXPORTED = "gemma2"
-DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "float64", "int8", "uint8", "bool", "int4", "object", "O", "V4", "", "<f4")
+DTYPES = (
+    "bfloat16",
+    "float32",
+    "float8_e4m3fn",
+    "float64",
+    "int8",
+    "uint8",
+    "bool",
+    "int4",
+    "object",
+    "O",
+    "V4",
+    "",
+    "<f4",
+)
 
 
 def mutator(base: Path) -> Callable[[random.Random], Case]:
@@ -72,7 +86,18 @@ def make(rng: random.Random, plans: dict[str, tuple[bytes, Path]]) -> Case:
     case.files = {"plan.json": text}
     from_ = ["--source", str(source)]
     if name == "back":
-        case.argv = ["run", "plan.json", "--output", "out", "--jobs", "1", "--quiet", *from_, "--config-from", str(GOLDEN / EXPORTED / "hf")]
+        case.argv = [
+            "run",
+            "plan.json",
+            "--output",
+            "out",
+            "--jobs",
+            "1",
+            "--quiet",
+            *from_,
+            "--config-from",
+            str(GOLDEN / EXPORTED / "hf"),
+        ]
     elif rng.random() < 0.85:
         case.argv = ["run", "plan.json", "--output", "out", "--jobs", "1", "--quiet", *from_]
         if rng.random() < 0.1:
@@ -121,13 +146,17 @@ def part_loop(rng: random.Random, body: Body) -> str:
         case 0:
             axis[0] = rng.choice((changed(rng, axis[0]), rng.randrange(200)))
         case 1:
-            axis[1].append([rng.choice((1, 2, 3, 10**6, 10**12)), rng.choice((0, 1, 2, 10**6)), rng.choice((0, 1, 7)), 0])
+            axis[1].append(
+                [rng.choice((1, 2, 3, 10**6, 10**12)), rng.choice((0, 1, 2, 10**6)), rng.choice((0, 1, 7)), 0]
+            )
         case 2:
             axis[1].pop()
         case 3:
             axis[1].reverse()
         case 4:
-            axis[1] = [rng.choice(([1, 1, 0, 0], [2, 1, 1, 0], [1, 10**18, 10**18, 10**18]))] * rng.choice((1, 40, 5000))
+            axis[1] = [rng.choice(([1, 1, 0, 0], [2, 1, 1, 0], [1, 10**18, 10**18, 10**18]))] * rng.choice(
+                (1, 40, 5000)
+            )
         case _:
             factor = rng.choice(axis[1])
             at = rng.randrange(len(factor))
@@ -148,7 +177,11 @@ def parts(rng: random.Random, body: Body) -> str:
         case 2:
             array["parts"] = every * rng.choice((2, 200))
         case 3:
-            every[at] = {"value": rng.choice((0, 1.5, 1e308, "x")), "axes": every[at]["axes"], "math": every[at]["math"]}
+            every[at] = {
+                "value": rng.choice((0, 1.5, 1e308, "x")),
+                "axes": every[at]["axes"],
+                "math": every[at]["math"],
+            }
     return f"{len(array['parts'])} parts"
 
 
@@ -169,7 +202,7 @@ def sizes(rng: random.Random, body: Body) -> str:
         case 0:
             array[key] = [rng.choice((1, 2, 3, n, n + 1, max(1, n // 2), 2**31, 2**50)) for n in old]
         case 1:
-            array[key] = old + [1]
+            array[key] = [*old, 1]
         case 2:
             array[key] = old[1:]
         case 3:
@@ -218,7 +251,9 @@ def names(rng: random.Random, body: Body) -> str:
             return repr(file["name"])[:60]
         case 1:
             array = _array(rng, body)
-            array["path"] = rng.choice((*STRINGS, "../../outside/x", array["path"] + "/x", _array(rng, body)["path"], "a/../b"))
+            array["path"] = rng.choice(
+                (*STRINGS, "../../outside/x", array["path"] + "/x", _array(rng, body)["path"], "a/../b")
+            )
             return repr(array["path"])[:60]
         case 2:
             array = _array(rng, body)
@@ -260,7 +295,16 @@ def outputs(rng: random.Random, body: Body) -> str:
         return "an export without outputs"
     if rng.random() < 0.3:
         row = rng.choice(body["outputs"]["files"])
-        row[0] = rng.choice(("../../outside/x.safetensors", "..safetensors", ".safetensors", "a\0.safetensors", "config.json", "~.safetensors"))
+        row[0] = rng.choice(
+            (
+                "../../outside/x.safetensors",
+                "..safetensors",
+                ".safetensors",
+                "a\0.safetensors",
+                "config.json",
+                "~.safetensors",
+            )
+        )
         return str(row[0])
     if rng.random() < 0.3 and body["outputs"]["companions"]:
         row = rng.choice(body["outputs"]["companions"])
@@ -269,5 +313,18 @@ def outputs(rng: random.Random, body: Body) -> str:
     return shake(rng, body["outputs"])
 
 
-LIES: tuple[Lie, ...] = (anything, part_number, part_loop, parts, math, sizes, tensors, sources, names, order, head, outputs)
+LIES: tuple[Lie, ...] = (
+    anything,
+    part_number,
+    part_loop,
+    parts,
+    math,
+    sizes,
+    tensors,
+    sources,
+    names,
+    order,
+    head,
+    outputs,
+)
 WEIGHTS = (6, 3, 5, 2, 2, 5, 2, 4, 3, 1, 2, 2)

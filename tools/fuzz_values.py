@@ -191,5 +191,7 @@ def torn(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if how == 3:
         noise = rng.randbytes(to - at)
         return data[:at] + noise + data[to:], f"noise in bytes {at} to {to}"
-    word = rng.choice((b"\0", b"\xff\xfe", b"NaN", b"[" * 50_000, b'{"a":' * 20_000, b"9" * 6000, b"1e999", b"\\ud800", b'"'))
+    word = rng.choice(
+        (b"\0", b"\xff\xfe", b"NaN", b"[" * 50_000, b'{"a":' * 20_000, b"9" * 6000, b"1e999", b"\\ud800", b'"')
+    )
     return data[:at] + word + data[at:], f"{word[:8]!r} at byte {at}"

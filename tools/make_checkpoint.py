@@ -66,9 +66,7 @@ class Family:
 
     widths: tuple[Config, ...]
     fewest_layers: int
-    mlp: Callable[
-        [str, Config], Iterator[Tensor]
-    ]  # (prefix of the layer, config) -> its tensors after attention
+    mlp: Callable[[str, Config], Iterator[Tensor]]  # (prefix of the layer, config) -> its tensors after attention
     query_key_norm: bool
 
 
@@ -279,9 +277,7 @@ def write_checkpoint(
     values = Values(seed, dtype)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = (
-            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         shard.sort(key=lambda tensor: tensor.name)  # as the safetensors library orders equal dtypes
         with open(out / name, "wb") as stream:
             stream.write(header(shard, type_name, dtype.itemsize))

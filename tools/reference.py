@@ -105,9 +105,7 @@ def read_trees(directory: Path) -> dict[str, dict[str, Tree]]:
 def pack(trees: dict[str, dict[str, Tree]]) -> bytes:
     """The trees as xz-compressed JSON, byte for byte the same for the same trees."""
     text = json.dumps(trees, sort_keys=True, separators=(",", ":"))
-    return lzma.compress(
-        text.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, preset=None, filters=FILTERS
-    )
+    return lzma.compress(text.encode(), format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC32, preset=None, filters=FILTERS)
 
 
 def case_files(case: Path) -> list[Path]:
@@ -146,9 +144,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="The output directory's trees.json.xz and golden/ are replaced; nothing else is touched.",
     )
     parser.add_argument("reference", type=Path, metavar="REFERENCE_DIR", help="holds trees/ and golden/")
-    parser.add_argument(
-        "--output", type=Path, default=data, metavar="DIR", help="where to write (default: tests/data)"
-    )
+    parser.add_argument("--output", type=Path, default=data, metavar="DIR", help="where to write (default: tests/data)")
     return parser.parse_args(arguments)
 
 

@@ -90,9 +90,7 @@ def test_without_an_index_all_files_are_used_in_name_order(tmp_path: Path) -> No
     for name in ("y", "x", "z"):
         save(tmp_path, f"{name}.safetensors", [name])
     (tmp_path / "._x.safetensors").write_text("left by another program")
-    assert [file.name for file in open_checkpoint(tmp_path).files] == [
-        f"{name}.safetensors" for name in "xyz"
-    ]
+    assert [file.name for file in open_checkpoint(tmp_path).files] == [f"{name}.safetensors" for name in "xyz"]
 
 
 def test_no_config_is_an_empty_config(tmp_path: Path) -> None:
@@ -214,9 +212,7 @@ def test_a_tensor_that_lies_in_another_file_is_found_there(sharded: Path) -> Non
 
 def test_a_tensor_the_index_does_not_list(sharded: Path) -> None:
     write_index(sharded, {"c": SECOND, "a": FIRST})
-    assert problem(sharded, "unlisted-tensor").message == (
-        f"`{FIRST}` holds tensor `b` that `{INDEX}` does not list"
-    )
+    assert problem(sharded, "unlisted-tensor").message == (f"`{FIRST}` holds tensor `b` that `{INDEX}` does not list")
 
 
 def test_the_same_tensor_in_two_files_of_an_index(sharded: Path) -> None:

@@ -48,9 +48,7 @@ def test_each_digest_has_a_file_of_its_own(checkpoint: Path, tmp_path: Path, cac
     assert (recall(DIGEST), recall("sha256:00"), len(entries(cache))) == (checkpoint, tmp_path, 2)
 
 
-def test_a_relative_directory_is_remembered_absolutely(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_directory_is_remembered_absolutely(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     remember(DIGEST, Path("checkpoint"))
     monkeypatch.chdir("/")
@@ -120,9 +118,7 @@ def test_a_relative_xdg_cache_home_is_ignored(
     assert (tmp_path / "home" / ".cache" / "ckptc" / "sources").is_dir()
 
 
-def test_a_machine_without_a_home_remembers_nothing(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_a_home_remembers_nothing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("no home directory")
 

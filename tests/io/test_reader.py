@@ -88,9 +88,7 @@ def test_the_buffer_is_released_for_its_owner_to_resize(tmp_path: Path, files: l
     buffer.extend(b"more")  # BufferError while any view is alive
 
 
-def test_short_reads_are_continued(
-    tmp_path: Path, files: list[SourceFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_reads_are_continued(tmp_path: Path, files: list[SourceFile], monkeypatch: pytest.MonkeyPatch) -> None:
     whole, calls = os.preadv, []
 
     def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -110,9 +108,7 @@ def test_an_empty_range_reads_nothing(tmp_path: Path, files: list[SourceFile]) -
         assert reader.bytes_read == 0
 
 
-def test_many_threads_read_right_bytes_through_few_descriptors(
-    tmp_path: Path, files: list[SourceFile]
-) -> None:
+def test_many_threads_read_right_bytes_through_few_descriptors(tmp_path: Path, files: list[SourceFile]) -> None:
     expected = [content(tmp_path, file) for file in range(8)]
     start = threading.Barrier(8)
 
@@ -137,9 +133,7 @@ def test_many_threads_read_right_bytes_through_few_descriptors(
 
 
 @needs_proc
-def test_files_are_opened_when_first_read_and_closed_at_the_end(
-    tmp_path: Path, files: list[SourceFile]
-) -> None:
+def test_files_are_opened_when_first_read_and_closed_at_the_end(tmp_path: Path, files: list[SourceFile]) -> None:
     with RangeReader(tmp_path, files) as reader:
         assert open_descriptors(tmp_path) == 0
         for _ in range(3):
@@ -312,9 +306,7 @@ def test_an_index_or_offset_no_file_has_is_a_programming_error(
         read(reader, file, offset, 1)
 
 
-def test_buffers_that_cannot_be_filled_in_order_are_programming_errors(
-    tmp_path: Path, files: list[SourceFile]
-) -> None:
+def test_buffers_that_cannot_be_filled_in_order_are_programming_errors(tmp_path: Path, files: list[SourceFile]) -> None:
     with RangeReader(tmp_path, files) as reader:
         for buffer in (memoryview(b"read-only"), memoryview(bytearray(8))[::2]):
             with pytest.raises(ValueError, match="writable"):
@@ -375,9 +367,7 @@ def test_every_changed_file_is_told_at_once_in_order(tmp_path: Path, files: list
     assert len(found[2].notes) == 4
 
 
-@pytest.mark.parametrize(
-    "head", [b"", b"\x01", b"version https://git-lfs", b"\xff" * 8, b"\xff\xff\0\0\0\0\0\0{}"]
-)
+@pytest.mark.parametrize("head", [b"", b"\x01", b"version https://git-lfs", b"\xff" * 8, b"\xff\xff\0\0\0\0\0\0{}"])
 def test_files_that_are_no_longer_safetensors_have_changed(
     tmp_path: Path, files: list[SourceFile], head: bytes
 ) -> None:

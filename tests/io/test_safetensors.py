@@ -32,11 +32,7 @@ STRICTER = {"header-duplicate-key", "header-entry", "header-metadata", "unsuppor
 
 
 def file_bytes(header: Any, data: bytes = b"") -> bytes:
-    text = (
-        header
-        if isinstance(header, bytes)
-        else (header if isinstance(header, str) else json.dumps(header)).encode()
-    )
+    text = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -122,9 +118,7 @@ layouts = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3)), max_size=5)
 
 @settings(max_examples=600, deadline=None)
 @given(layouts, st.integers(0, 9))
-def test_a_layout_is_accepted_exactly_when_the_library_accepts_it(
-    pieces: list[tuple[int, int]], size: int
-) -> None:
+def test_a_layout_is_accepted_exactly_when_the_library_accepts_it(pieces: list[tuple[int, int]], size: int) -> None:
     header = {f"t{i}": entry("U8", [n], [begin, begin + n]) for i, (begin, n) in enumerate(pieces)}
     content = file_bytes(header, bytes(size))
     try:
@@ -155,9 +149,7 @@ def mutations(draw: st.DrawFn) -> bytes:
             case 0:
                 content[at] = draw(st.integers(0, 255))
             case 1:
-                content[at:at] = draw(
-                    st.binary(max_size=6) | st.sampled_from([b"[", b"{", b'"', b"NaN", b"-", b"e9"])
-                )
+                content[at:at] = draw(st.binary(max_size=6) | st.sampled_from([b"[", b"{", b'"', b"NaN", b"-", b"e9"]))
             case 2:
                 del content[at : at + draw(st.integers(1, 20))]
             case _:
@@ -380,9 +372,7 @@ def test_the_digest_covers_length_and_header_but_not_data() -> None:
 
 
 def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:
-    content = file_bytes(
-        {f"tensor.{i}": entry(offsets=[4 * i, 4 * i + 4]) for i in range(4000)}, bytes(16000)
-    )
+    content = file_bytes({f"tensor.{i}": entry(offsets=[4 * i, 4 * i + 4]) for i in range(4000)}, bytes(16000))
     assert len(content) > 200_000
     (tmp_path / "m").write_bytes(content)
     assert read_header(tmp_path / "m") == parse_header("m", len(content), content)

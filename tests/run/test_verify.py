@@ -175,7 +175,7 @@ def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
 
 @pytest.fixture
 def quantised(tmp_path: Path) -> tuple[GoldenCase, Checkpoint]:
-    """A checkpoint whose experts are stored in 8 bits, each tensor with scales of its own, as DeepSeek publishes them."""
+    """A checkpoint whose experts are stored in 8 bits, each tensor with scales of its own, as DeepSeek publishes."""
     case, header, data = CASES_BY_ID["deepseek3.scan"], dict[str, Any](), bytearray()
     rng = np.random.default_rng(5)
 

@@ -144,9 +144,7 @@ def test_values_look_like_weights(tmp_path: Path) -> None:
 def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
     for name, seed in (("first", "1"), ("again", "1"), ("other", "2")):
         make(tmp_path / name, "--seed", seed, gigabytes=0.003)
-    first, again, other = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again", "other")
-    )
+    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again", "other"))
     assert first == again
     assert first != other
 

@@ -52,9 +52,14 @@ def explain(args: argparse.Namespace) -> None:
 
 def _entry(code: str, entry: Mapping[str, str]) -> str:
     texts = (f"{name + ':':6} {entry[name]}" for name in ("cause", "cure"))
-    return "\n".join([code, *(textwrap.fill(t, WIDTH, initial_indent="  ", subsequent_indent="         ") for t in texts)])
+    return "\n".join(
+        [code, *(textwrap.fill(t, WIDTH, initial_indent="  ", subsequent_indent="         ") for t in texts)]
+    )
 
 
 def _list(known: Mapping[str, Mapping[str, str]]) -> str:
     wide = max(map(len, known))
-    return "\n".join(f"{code:{wide}}  {textwrap.shorten(entry['cause'], WIDTH - wide, placeholder=' …')}" for code, entry in known.items())
+    return "\n".join(
+        f"{code:{wide}}  {textwrap.shorten(entry['cause'], WIDTH - wide, placeholder=' …')}"
+        for code, entry in known.items()
+    )

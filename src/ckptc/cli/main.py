@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
         help="the checkpoint's directory (default: where this machine last compiled it from)",
     )
     run.add_argument(
-        "--config-from", metavar="DIR", help="of an export: the directory with the files to copy (default: as for --source)"
+        "--config-from",
+        metavar="DIR",
+        help="of an export: the directory with the files to copy (default: as for --source)",
     )
     run.add_argument("--mapping", metavar="FILE", help="for --verify: the plan's mapping, if it is not a shipped one")
     arguments.execution(run)

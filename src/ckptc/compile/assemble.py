@@ -17,10 +17,9 @@ import ckptc
 from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
 from ckptc.compile.options import Options
-from ckptc.compile.schedule import account, choose, read_ratio, shard_counts, unit_budget
+from ckptc.compile.schedule import account, fit, shard_counts, unit_budget
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
-from ckptc.ops.types import itemsize
 from ckptc.plan import model as plan
 from ckptc.spec.mapping import Mapping, Model
 
@@ -125,9 +124,7 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table) -> p
     shape, dtype = target.type.shape, target.type.dtype
     shards = shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
-    stored = max((itemsize(s.dtype) for s in sources), default=0)
-    cost = itemsize(dtype) + max(1, round(stored * read_ratio(folded.parts)))
-    chunk, unit = choose(shape, folded.parts, shards, cost, unit_budget(options.memory))
+    chunk, unit = fit(shape, dtype, sources, folded.parts, shards, unit_budget(options.memory))
     return plan.Array(
         target.path,
         shape,

@@ -63,7 +63,7 @@ def _list(
                 leaf.span,
                 (f"rule: {rule}",),
                 f"the nearest name is `{best}`" if best else "is this a checkpoint of another family?",
-            )  # fmt: skip
+            )
         )
     if shaped:
         first = shaped[0]
@@ -75,7 +75,7 @@ def _list(
                 leaf.span,
                 (f"expected: [{axes}]", f"found:    {list(first.shape)}", f"rule: {rule}"),
                 "check the pattern in `as`, the dims, and that config.json belongs to these shards",
-            )  # fmt: skip
+            )
         )
     if typed:
         first = typed[0]
@@ -85,7 +85,7 @@ def _list(
                 f"`{first.name}` has another dtype than the rule's other tensors{_more(typed)}",
                 leaf.span,
                 (f"expected: {expected.dtype}", f"found:    {first.dtype}", f"rule: {rule}"),
-            )  # fmt: skip
+            )
         )
     return out
 

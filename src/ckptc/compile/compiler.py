@@ -7,7 +7,8 @@ The graph is verified when it is made; every check runs, and all that they find 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping as MappingOf
+from collections.abc import Callable, Iterator
+from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 from typing import Any
 

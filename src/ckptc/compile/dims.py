@@ -95,5 +95,5 @@ class _Dims:
                 span,
                 (f"expression: {expression}",) if expression else (),
                 f"give it with `--set {name}=VALUE`" if code == "missing-config" else None,
-            )  # fmt: skip
+            )
         )

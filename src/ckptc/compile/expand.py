@@ -174,7 +174,9 @@ class _Chain:
             )
         node = nodes[0]
         chosen = self.work.options.dtype
-        keep = not is_float(node.type.dtype) or chosen.startswith("float8")  # nothing becomes float8: what is stored so stays so
+        keep = not is_float(node.type.dtype) or chosen.startswith(
+            "float8"
+        )  # nothing becomes float8: what is stored so stays so
         dtype = rule.dtype or ("source" if keep else chosen)
         dtype = stored if dtype == "source" else dtype
         if dtype != node.type.dtype:

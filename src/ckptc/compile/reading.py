@@ -105,7 +105,7 @@ def _read_as(
             names = {**dims, "config": config, "multimodal": options.multimodal, "dtype": stored}
             supported(mapping, model, choices, names)
             naming, graph = expand_namings(mapping, choices, dims, names, dtypes)
-            if _unfit(graph):  # the original's tensors are packed codes: another naming may have them as plain numbers
+            if _unfit(graph):  # another naming may have the tensors as plain numbers
                 plain = ((n, g) for n, g in all_namings(mapping, choices, dims, names, dtypes) if not _unfit(g))
                 naming, graph = next(plain, (naming, graph))
             read = Reading(layout, naming, dims, graph, match(graph, saved.arrays))
@@ -120,8 +120,10 @@ def _read_as(
 
 
 def _unfit(graph: Graph) -> bool:
-    """Whether a naming is none to export under: tensors are stored in another shape than that of their numbers, or there
-    are tensors of scales without those that they scale."""
+    """Whether a naming is none to export under.
+
+    Tensors would be packed codes, of another shape than their numbers, or tensors of scales would be without their codes.
+    """
     found = [leaf for t in graph.targets for leaf in leaves(t.node)]
     packed = any(leaf.decoded is not None and leaf.decoded.stored.shape != leaf.each.shape for leaf in found)
     names = {name for leaf in found for name in leaf.tensors}

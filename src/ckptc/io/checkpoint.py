@@ -63,11 +63,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         problems += error.diagnostics
     try:
         weight_map = read_index(directory)
-        names = (
-            _find_files(directory, entries, problems)
-            if weight_map is None
-            else sorted(set(weight_map.values()))
-        )
+        names = _find_files(directory, entries, problems) if weight_map is None else sorted(set(weight_map.values()))
     except InputError as error:
         problems += error.diagnostics
     assigned: defaultdict[str, list[str]] = defaultdict(list)
@@ -250,9 +246,7 @@ def _as_missing_file(found: Diagnostic, held: Sequence[str]) -> Diagnostic:
     return Diagnostic("missing-file", message, None, found.notes, help)
 
 
-def _merge(
-    names: Sequence[str], headers: Mapping[int, Header], problems: list[Diagnostic]
-) -> dict[str, SourceTensor]:
+def _merge(names: Sequence[str], headers: Mapping[int, Header], problems: list[Diagnostic]) -> dict[str, SourceTensor]:
     """The tensors of all files by name; `duplicate-tensor` for each pair of files that share some."""
     tensors: dict[str, SourceTensor] = {}
     shared: defaultdict[tuple[int, int], list[str]] = defaultdict(list)

@@ -258,9 +258,7 @@ def _tensor(name: str, key: str, entry: Any, start: int, file: int) -> SourceTen
     """One entry of the header as a record, or what is wrong with it. Runs for every tensor."""
     if type(entry) is not dict or entry.keys() != _FIELDS:
         message = f"tensor {_where(key, name)} is not described as a tensor"
-        found = (
-            f"an object of {listed(list(entry)) or 'nothing'}" if type(entry) is dict else reprlib.repr(entry)
-        )
+        found = f"an object of {listed(list(entry)) or 'nothing'}" if type(entry) is dict else reprlib.repr(entry)
         expected = "an object of `dtype`, `shape` and `data_offsets`"
         return problem("header-entry", message, expected, found, _SAVE_AGAIN)
     if not key.isprintable() and not is_text(key):
@@ -303,9 +301,7 @@ def _dtype_problem(where: str, dtype: Any) -> Diagnostic:
     hint = did_you_mean(dtype[:40], DTYPES) if type(dtype) is str else None
     found = shown(dtype) if type(dtype) is str else reprlib.repr(dtype)
     expected = f"one of {', '.join(DTYPES)}"
-    return problem(
-        "unknown-dtype", f"tensor {where} has an unknown dtype", expected, found, hint or _SAVE_AGAIN
-    )
+    return problem("unknown-dtype", f"tensor {where} has an unknown dtype", expected, found, hint or _SAVE_AGAIN)
 
 
 def _layout_problems(name: str, size: int, start: int, tensors: list[SourceTensor]) -> list[Diagnostic]:

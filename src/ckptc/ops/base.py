@@ -104,5 +104,7 @@ def infer_chain(ops: Sequence[Op], input: TensorType) -> TensorType:
 def one(inputs: Sequence[TensorType], op: str) -> TensorType:
     """The only input's type. Raises OpError when there are several."""
     if len(inputs) != 1:
-        raise OpError(f"`{op}` takes one input, `from` has {len(inputs)} parts: join them with `concat` or `stack` first")
+        raise OpError(
+            f"`{op}` takes one input, `from` has {len(inputs)} parts: join them with `concat` or `stack` first"
+        )
     return inputs[0]

@@ -150,7 +150,9 @@ def _joined(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     """The same loops with adjacent ones that advance as one made one."""
     out: list[Factor] = []
     for f in factors:
-        if out and out[-1] == replace(f, size=out[-1].size, weight=f.weight * f.size, step=f.step * f.size, tensor=f.tensor * f.size):
+        if out and out[-1] == replace(
+            f, size=out[-1].size, weight=f.weight * f.size, step=f.step * f.size, tensor=f.tensor * f.size
+        ):
             out[-1] = replace(f, size=f.size * out[-1].size)
         elif f.size > 1:
             out.append(f)

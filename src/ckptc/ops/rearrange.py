@@ -52,7 +52,9 @@ class Rearrange(Op):
             raise OpError(f"the pattern has {len(self.left)} axes, the input has {len(input.axes)}: {input}")
         for group, axis in zip(self.left, input.axes, strict=True):
             if fused(group).size != axis.size:
-                raise OpError(f"`{show(_names((group,)))}` is {fused(group).size}, the input's axis is {axis.size}: {input}")
+                raise OpError(
+                    f"`{show(_names((group,)))}` is {fused(group).size}, the input's axis is {axis.size}: {input}"
+                )
         return input.with_axes(tuple(fused(g) for g in self.right))
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
@@ -77,7 +79,11 @@ class Rearrange(Op):
 
     def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
         # An axis of the input may have had another name than its group, `rows` for `(heads head_dim)`.
-        names = [(i, a.name) for i, (g, a) in enumerate(zip(self.left, inputs[0].axes, strict=True)) if fused(g).name != a.name]
+        names = [
+            (i, a.name)
+            for i, (g, a) in enumerate(zip(self.left, inputs[0].axes, strict=True))
+            if fused(g).name != a.name
+        ]
         return (Inverse((Rearrange(self.right, self.left), *(Rename(i, name) for i, name in names))),)
 
     def describe(self) -> str:
@@ -96,7 +102,10 @@ def _split_group(
         inner = prod(a.size for a in group[position + 1 :])
         if inner == 1:
             pieces = [(p, {**done, atom.name: rest}, AxisMap(0, ())) for p, done, rest in pieces]
-            pieces = [(p, {**done, **{a.name: AxisMap(0, ()) for a in group[position + 1 :]}}, rest) for p, done, rest in pieces]
+            pieces = [
+                (p, {**done, **{a.name: AxisMap(0, ()) for a in group[position + 1 :]}}, rest)
+                for p, done, rest in pieces
+            ]
             break
         pieces = [
             (replace(p, base=p.base + base, first=p.first + first), {**done, atom.name: outer}, rest_)

@@ -18,7 +18,20 @@ from jsonschema.exceptions import best_match
 from ckptc.diagnostics import InputError, fail
 from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.plan.export_json import decode_outputs, encode_exactness, encode_outputs, without_lists
-from ckptc.plan.model import FORMAT, Array, Choices, Decode, Exactness, File, LeftOut, Made, Plan, Source, Tensor, Totals
+from ckptc.plan.model import (
+    FORMAT,
+    Array,
+    Choices,
+    Decode,
+    Exactness,
+    File,
+    LeftOut,
+    Made,
+    Plan,
+    Source,
+    Tensor,
+    Totals,
+)
 from ckptc.spec.resources import schema
 
 MAX_BYTES = 1 << 30
@@ -208,7 +221,9 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
 
 def _without_base(part: Any) -> Any:
     """Tensors of a stack differ in where they begin."""
-    return {**part, "base": 0} if isinstance(part, dict) and type(part.get("base")) is int and part["base"] > 0 else part
+    return (
+        {**part, "base": 0} if isinstance(part, dict) and type(part.get("base")) is int and part["base"] > 0 else part
+    )
 
 
 @cache

@@ -107,7 +107,7 @@ class Kernel:
         else:
             np.copyto(values, block, casting="unsafe")
         rounded = "float32"
-        for step, operand in math:
+        for number, (step, operand) in enumerate(math):
             if step == "scale":
                 np.multiply(values, np.float32(operand), out=values)
             elif step == "unscale":
@@ -116,7 +116,7 @@ class Kernel:
                 np.add(values, np.float32(operand), out=values)
             else:
                 rounded = str(operand)
-                if rounded != "float32" and (step, operand) is not math[-1]:
+                if rounded != "float32" and number + 1 < len(math):
                     np.copyto(values, values.astype(numpy_dtype(rounded)), casting="unsafe")
         if conversion.target == "float32":
             return values

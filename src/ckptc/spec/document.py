@@ -164,7 +164,9 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         for key_node, value_node in node.value:
             key_span = _span(key_node, document.name)
             if not isinstance(key_node, ScalarNode):
-                raise fail("invalid-yaml", "keys must be plain text", span=key_span, help="quote a key that starts with `{{`")
+                raise fail(
+                    "invalid-yaml", "keys must be plain text", span=key_span, help="quote a key that starts with `{{`"
+                )
             _refuse_tag(key_node, document)
             if str(key_node.tag).endswith(":merge"):
                 raise fail("invalid-yaml", "merge keys are not part of the mapping dialect", span=key_span)
@@ -173,7 +175,9 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
                 raise fail("duplicate-key", f"key `{key}` is given twice", span=key_span)
             document.keys[(*path, key)] = key_span
             out[key] = _build(value_node, document, (*path, key))
-            if value_node.start_mark.index == value_node.end_mark.index:  # nothing is there; YAML would point at what comes next
+            if (
+                value_node.start_mark.index == value_node.end_mark.index
+            ):  # nothing is there; YAML would point at what comes next
                 document.values[(*path, key)] = key_span
         return out
     if isinstance(node, SequenceNode):
@@ -183,12 +187,19 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         return str(node.value)
     convert = _SCALARS.get(tag)
     if convert is None:
-        raise fail("invalid-yaml", f"`{node.value}` is a {tag} to YAML, which a mapping cannot hold", span=span, help="quote it")
+        raise fail(
+            "invalid-yaml",
+            f"`{node.value}` is a {tag} to YAML, which a mapping cannot hold",
+            span=span,
+            help="quote it",
+        )
     try:
         return convert(str(node.value))
     except ValueError:
         shown = str(node.value) if len(node.value) <= 40 else f"{node.value[:40]}…"
-        raise fail("invalid-yaml", f"`{shown}` is not a value a mapping can hold", span=span, help="quote it if it is text") from None
+        raise fail(
+            "invalid-yaml", f"`{shown}` is not a value a mapping can hold", span=span, help="quote it if it is text"
+        ) from None
 
 
 def _refuse_tag(node: Node, document: Document) -> None:

@@ -110,7 +110,9 @@ def _in_a_name(value: Any) -> Any:
     if isinstance(value, Undefined):
         value._fail_with_undefined_error()
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ExpressionError(f"a name is made of text and whole numbers, not of {str(value)[:80]} ({type(value).__name__})")
+        raise ExpressionError(
+            f"a name is made of text and whole numbers, not of {str(value)[:80]} ({type(value).__name__})"
+        )
     return _usable(value)
 
 
@@ -120,7 +122,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         # Sections of config.json are mappings: an attribute is a key, never a method of dict. Nothing else has attributes.
         if isinstance(obj, Mapping):
-            return obj[attribute] if attribute in obj else self.undefined(f"there is no key `{attribute}` in the checkpoint's config")
+            return (
+                obj[attribute]
+                if attribute in obj
+                else self.undefined(f"there is no key `{attribute}` in the checkpoint's config")
+            )
         if isinstance(obj, Key) and attribute in ("value", "index"):
             return obj.value if attribute == "value" else obj.index
         if isinstance(obj, Undefined):
@@ -140,7 +146,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         # String repetition, formatting and list products are ways to make something huge from something small.
         if operator in ("*", "%", "//") and not all(isinstance(v, int | float) for v in (left, right)):
             raise ExpressionError(f"`{operator}` takes two numbers")
-        long = isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple) and len(left) + len(right) > MAX_LENGTH
+        long = (
+            isinstance(left, str | list | tuple)
+            and isinstance(right, str | list | tuple)
+            and len(left) + len(right) > MAX_LENGTH
+        )
         if operator == "+" and long:
             raise ExpressionError(f"`+` makes something longer than {MAX_LENGTH}")
         return _usable(super().call_binop(context, operator, left, right))
@@ -253,7 +263,17 @@ def _guard(what: str, work: Callable[[], Any]) -> Any:
         raise
     except ZeroDivisionError:
         raise ExpressionError("division by zero") from None
-    except (TemplateError, SyntaxError, TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError, MemoryError) as error:
+    except (
+        TemplateError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ExpressionError(str(error) or f"{what} failed") from None
 
 

@@ -194,7 +194,8 @@ def _mapping(document: Document) -> Mapping:
         rules=_rules(data.get("tensors", {}), ("tensors",)),
         blocks=tuple(_block(name, b, ("blocks", name)) for name, b in data.get("blocks", {}).items()),
         ignore=tuple(
-            Ignore(i["source"], i["reason"], i.get("for", {}), i.get("when"), ("ignore", n)) for n, i in enumerate(data.get("ignore", []))
+            Ignore(i["source"], i["reason"], i.get("for", {}), i.get("when"), ("ignore", n))
+            for n, i in enumerate(data.get("ignore", []))
         ),
         document=document,
     )
