@@ -82,7 +82,13 @@ def case(
 # number at 64.
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "vocab_size": 150}
 PADDED = ["padded_vocab=160"]
-GEMMA: dict[str, Any] = {**TIED, "hidden_size": 64, "num_attention_heads": 4, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA: dict[str, Any] = {
+    **TIED,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 GEMMA_MAXTEXT = ["base_emb_dim=64", "base_num_query_heads=4"]
 LLAMA3 = {
     "rope_type": "llama3",

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from forward_cases import GEMMA, GEMMA_MAXTEXT, LLAMA, LLAMA3, MOE, MOE_MAXTEXT, QWEN, SIZES, Case, case, rope, windows, yarn
+from forward_cases import (
+    GEMMA,
+    GEMMA_MAXTEXT,
+    LLAMA,
+    LLAMA3,
+    MOE,
+    MOE_MAXTEXT,
+    QWEN,
+    SIZES,
+    Case,
+    case,
+    rope,
+    windows,
+    yarn,
+)
 
 LATENT: dict[str, Any] = {
     **LLAMA,
@@ -34,7 +48,13 @@ LATENT_MAXTEXT = [
     "qk_rope_head_dim=8",
     "v_head_dim=14",
 ]
-DEEPSEEK3 = {**LATENT, "q_lora_rank": 24, "n_shared_experts": 1, "first_k_dense_replace": 2, "routed_scaling_factor": 2.5}
+DEEPSEEK3 = {
+    **LATENT,
+    "q_lora_rank": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 2,
+    "routed_scaling_factor": 2.5,
+}
 DEEPSEEK3_MAXTEXT = [*LATENT_MAXTEXT, "q_lora_rank=24", "first_num_dense_layers=2"]
 
 
@@ -57,10 +77,10 @@ def deepseek32(name: str, topk: int, **others: str) -> Case:
         **DEEPSEEK3,
         "index_topk": topk,
         "index_head_dim": 10,
-        "index_n_heads": 3,
+        "index_n_heads": 16,  # with few, no head may fire for several keys: a tie, which the two sides break differently
         "rope_parameters": yarn(10_000, 40.0, mscale=1.0, mscale_all_dim=1.0),
     }
-    maxtext = [*DEEPSEEK3_MAXTEXT, f"indexer_topk={topk}", "indexer_head_dim=10", "indexer_n_heads=3"]
+    maxtext = [*DEEPSEEK3_MAXTEXT, f"indexer_topk={topk}", "indexer_head_dim=10", "indexer_n_heads=16"]
     return case(name, "deepseek3", "DeepseekV32ForCausalLM", config, maxtext, "deepseek3.2-671b", **others)
 
 
@@ -88,6 +108,61 @@ LATENTS = [
     ),
     deepseek32("deepseek3.2-671b", 8),
     deepseek32("deepseek3.2-671b-all", 32),
+]
+
+DEEPSEEK4: dict[str, Any] = {
+    **LLAMA,
+    "hidden_size": 32,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 12,
+    "o_lora_rank": 6,
+    "o_groups": 2,
+    "index_head_dim": 10,
+    "index_n_heads": 16,
+    "index_topk": 4,
+    "compress_ratios": [0, 0, 4, 128, 4, 128, 4],
+    "num_hash_layers": 3,
+    "moe_intermediate_size": 28,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 0,
+    "sliding_window": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1048576,
+}
+DEEPSEEK4_MAXTEXT = [
+    *MOE_MAXTEXT,
+    "base_emb_dim=32",
+    "base_num_decoder_layers=7",
+    "base_num_query_heads=4",
+    "base_num_kv_heads=1",
+    "head_dim=16",
+    "qk_rope_head_dim=8",
+    "q_lora_rank=12",
+    "o_lora_rank=6",
+    "o_groups=2",
+    "indexer_head_dim=10",
+    "indexer_n_heads=16",
+    "indexer_topk=4",
+    "compress_ratios=[0,0,4,128,4,128,4]",
+    "first_num_hash_layers=3",
+    "sliding_window_size=8",
+]
+LATENTS += [
+    case(
+        "deepseek4-284b",
+        "deepseek4",
+        "DeepseekV4ForCausalLM",
+        {**DEEPSEEK4, "rope_parameters": None},
+        DEEPSEEK4_MAXTEXT,
+        length=256,  # a few of the longer windows that are compressed
+        note="without YaRN in compressed attention: MaxText's configuration has none",
+    ),
 ]
 
 SCOUT: dict[str, Any] = {

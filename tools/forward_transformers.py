@@ -25,7 +25,7 @@ def configuration(architecture: Any, fields: dict[str, Any]) -> Any:
     return architecture.config_class(**fields, dtype="float32", attn_implementation="eager")
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: Any, seed: int) -> None:
     """Gives every parameter values that show.
 
     A fresh model would hide mistakes: its norms are all ones, its biases zero, its matrices so small that attention is nearly uniform.
@@ -46,7 +46,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
             elif name.endswith("tid2eid"):  # hashed routing: which experts a token id goes to, each at most once
-                experts = int(buffer.max()) + 1 if int(buffer.max()) else max(buffer.shape[-1], 4)
+                experts = model.config.n_routed_experts
                 rows = [torch.randperm(experts, generator=generator)[: buffer.shape[-1]] for _ in range(len(buffer))]
                 buffer.copy_(torch.stack(rows))
 

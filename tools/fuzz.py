@@ -6,7 +6,7 @@
 
 An input is a valid one with a few lies in it (`fuzz_headers`, `fuzz_plans`, `fuzz_mappings`), and its number and the
 seed are all that decides it. Whatever it is, a command must end with exit code 0 or 1, say nothing of a traceback or an
-internal error, end within LIMIT seconds and MEMORY bytes, and open nothing for writing outside its output. Inputs run
+internal error, end within LIMIT seconds of a processor and MEMORY bytes, and open nothing for writing outside its output. Inputs run
 through the real entry, `ckptc.cli.main.run`, in processes that are replaced when one of them hangs or dies. The exit
 code of this program is 1 when an input broke a promise.
 """
@@ -40,7 +40,8 @@ import fuzz_mappings
 import fuzz_plans
 from fuzz_values import Case
 
-LIMIT = 10.0  # seconds for one input
+LIMIT = 10.0  # seconds of a processor for one input
+HANGS = 60.0  # seconds by the clock, after which an input's process is ended
 MEMORY = 2 << 30  # bytes of address space that a process may take besides what it has loaded
 BATCH = 200  # inputs that one process takes, so that caches and leaks of one input do not outlive it by far
 KINDS: dict[str, Callable[[Path], Callable[[random.Random], Case]]] = {
@@ -87,7 +88,7 @@ def attempt(kind: str, seed: int, number: int, base: Path, box: Path) -> Outcome
     text = box / "text"
     code: int | None = None
     wrong = None
-    started = time.monotonic()
+    started = time.process_time()
     with _said_to(text), _watched_writes(_allowed(work)) as writes:
         try:
             code = run([a.replace("{work}", str(work)) for a in case.argv])
@@ -95,7 +96,7 @@ def attempt(kind: str, seed: int, number: int, base: Path, box: Path) -> Outcome
             code = stop.code if isinstance(stop.code, int) else 2
         except BaseException as error:
             wrong = f"{type(error).__name__} escaped: {error}"
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     printed = text.read_text("utf-8", "replace")
     text.unlink()
     said = CODE.findall(printed)
@@ -246,7 +247,7 @@ class Lane:
 
     def overdue(self) -> Iterator[Outcome]:
         """An outcome when the input at work is past its time; its process is ended."""
-        if self._pid and time.monotonic() - self._since > LIMIT * 1.5:
+        if self._pid and time.monotonic() - self._since > HANGS:
             with suppress(ProcessLookupError):
                 os.killpg(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)

@@ -54,7 +54,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty directory to work in, and no notes of where checkpoints lie but the test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("CKPTC_TRACEBACK", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    for name in ("CKPTC_TRACEBACK", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -94,6 +94,7 @@ def test_each_loop_stays_within_an_axis_of_the_array(made: Made) -> None:
 
 def flat(box: Region, shape: tuple[int, ...]) -> list[int]:
     """The elements of a box, in the order in which reading it puts them."""
+    assert all(start + stride * (count - 1) < n for (start, stride, count), n in zip(box.axes, shape, strict=True))
     steps = strides(shape)
     ranges = (range(start, start + stride * count, stride) for start, stride, count in box.axes)
     return [sum(i * s for i, s in zip(index, steps, strict=True)) for index in product(*ranges)]

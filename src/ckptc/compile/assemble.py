@@ -17,7 +17,8 @@ import ckptc
 from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
 from ckptc.compile.options import Options
-from ckptc.compile.schedule import account, fit, shard_counts, unit_budget
+from ckptc.compile.schedule import ACCOUNTED_MOST, TooManyUnitsError, account, fit, shard_counts, unit_budget
+from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.plan import model as plan
@@ -124,7 +125,15 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table) -> p
     shape, dtype = target.type.shape, target.type.dtype
     shards = shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
-    chunk, unit = fit(shape, dtype, sources, folded.parts, shards, unit_budget(options.memory))
+    try:
+        chunk, unit = fit(shape, dtype, sources, folded.parts, shards, unit_budget(options.memory))
+    except TooManyUnitsError:
+        raise fail(
+            "too-little-memory",
+            f"`{'/'.join(target.path)}`, of {target.type.nbytes} bytes, would be made in more than {ACCOUNTED_MOST} units",
+            notes=(f"found: --memory of {options.memory} bytes",),
+            help="use more --memory; units are a quarter of it, of at most 64 MiB",
+        ) from None
     return plan.Array(
         target.path,
         shape,

@@ -23,6 +23,9 @@ from ckptc.ops.types import Axis, is_float
 from ckptc.spec.document import Path_
 from ckptc.spec.mapping import Mapping, OpSpec, Origin, Place, Rule
 
+TARGETS_MOST = 10_000  # arrays of one checkpoint
+ELEMENTS_MOST = 1 << 40  # of an array: the largest of published models has 2^37
+
 StoredDtype = Callable[[str], str]  # the dtype of a source tensor by name
 
 
@@ -142,6 +145,13 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
         path = ("params", rule.collection, *(here.at + target).split("/"))
         chain = _Chain(work, rule, here, points)
         node = chain.build()
+        if node.type.size > ELEMENTS_MOST or len(work.targets) >= TARGETS_MOST:
+            what = (
+                f"{node.type} is larger than an array can be"
+                if node.type.size > ELEMENTS_MOST
+                else "more arrays than a model has"
+            )
+            raise scope.error(rule.where, what, "too-large", help="check the sizes in config.json, and --set")
         axes = tuple(None if a == "_" else a for a in rule.axes.split()) if rule.axes else ()
         label = f"{here.block}: {rule.target}" if here.block else rule.target
         work.targets.append(

@@ -25,6 +25,7 @@ from ckptc.plan.reads import need, plan_read, tensors_of
 UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
 UNIT_MOST = 64 << 20  # and at most this many bytes: larger reads gain nothing
 UNITS_MOST = 1 << 14  # units that an array is cut into for the budget's sake, beyond what its size asks for
+ACCOUNTED_MOST = 50_000  # units of an array that are gone through, one by one; stacked tensors count once
 
 
 def shard_counts(shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
@@ -33,6 +34,10 @@ def shard_counts(shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
         if shape[axis] % shards == 0:
             return tuple(shards if i == axis else 1 for i in range(len(shape)))
     return (1,) * len(shape)
+
+
+class TooManyUnitsError(ValueError):
+    """The units of an array are so many that going through them takes minutes."""
 
 
 def unit_budget(memory: int) -> int:
@@ -122,9 +127,10 @@ def _portion(size: int, room: int) -> int:
     if size <= room:
         return size
     room = max(1, room)
-    best = next(size // k for k in range(-(-size // room), size + 1) if size % k == 0)
     even = -(-size // -(-size // room))  # nearly equal portions, the last one smaller
-    return best if best * 2 > even else even
+    fewest = -(-size // room)
+    enough = range(fewest, min(2 * size // even + 1, fewest + ACCOUNTED_MOST))  # portions of more than half of that
+    return next((size // k for k in enough if size % k == 0 and size // k * 2 > even), even)
 
 
 def _fastest_first(shape: tuple[int, ...], main: Part | None) -> list[int]:
@@ -161,6 +167,8 @@ def _account(
     read, peak = 0, 0
     axes, times = _repeated(shape, unit, parts)
     ranges = [range(1) if a in axes else range(0, n, u) for a, (n, u) in enumerate(zip(shape, unit, strict=True))]
+    if prod(map(len, ranges)) > ACCOUNTED_MOST:
+        raise TooManyUnitsError
     for corner in product(*ranges):
         box = tuple((c, min(c + u, n)) for c, u, n in zip(corner, unit, shape, strict=True))
         inside = [p for part in parts for p in restrict_part(part, box)]

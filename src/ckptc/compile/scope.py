@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as MappingOf
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
+from math import prod
 from typing import Any
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean
@@ -18,6 +19,8 @@ from ckptc.spec.expressions import ExpressionError, Key, evaluate, render
 from ckptc.spec.mapping import LoopOver, Value
 
 Names = dict[str, Any]
+
+POINTS_MOST = 200_000  # that loops and stacks may have in all: the largest models have some 70,000 tensors
 
 
 def matches(name: str, *patterns: str) -> bool:
@@ -33,12 +36,13 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 class Scope:
     """The mapping's document and the values of dims; raises InputError for what fails, at `where` in the YAML."""
 
-    def __init__(self, document: Document, dims: MappingOf[str, Any]) -> None:
+    def __init__(self, document: Document, dims: MappingOf[str, Any], points: Iterator[int] | None = None) -> None:
         self.document, self.dims = document, dims
+        self._points = points or iter(range(POINTS_MOST))  # what is left of them
 
     def resized(self, dims: MappingOf[str, Any]) -> Scope:
         """The scope in which `dims` have other values."""
-        return Scope(self.document, {**self.dims, **dims}) if dims else self
+        return Scope(self.document, {**self.dims, **dims}, self._points) if dims else self
 
     def span(self, where: Path_) -> Span:
         return self.document.span(where)
@@ -85,7 +89,7 @@ class Scope:
             return over
         value = self.value(over, names, where)
         if isinstance(value, int) and not isinstance(value, bool):
-            return range(value)
+            return range(min(value, POINTS_MOST + 1))  # more is refused where it is counted
         if isinstance(value, range | list | tuple):
             return value
         raise self.error(where, f"`{over}` is {value!r}, a count, a range or a list is needed")
@@ -97,13 +101,25 @@ class Scope:
             return
         (variable, over), *rest = loop.items()
         for value in self.span_of(over, names, (*where, "for", variable)):
+            self._spend(1, (*where, "for", variable))
             yield from self.loops(dict(rest), {**names, variable: value}, where)
 
     def stack(self, stack: MappingOf[str, Value], names: Names, where: Path_) -> tuple[tuple[Axis, ...], list[Names]]:
         """The stacking axes, and the names at each point of their grid, row-major. An empty stack is one point."""
         ranges = {v: self.span_of(over, names, (*where, "stack", v)) for v, over in stack.items()}
         axes = tuple(Axis(v, len(r)) for v, r in ranges.items())
+        self._spend(prod(a.size for a in axes), (*where, "stack"))
         return axes, [{**names, **dict(zip(ranges, point, strict=True))} for point in product(*ranges.values())]
+
+    def _spend(self, points: int, where: Path_) -> None:
+        """Raises `too-large` when loops and stacks have more points than a model has tensors."""
+        if points > POINTS_MOST or (points and next(islice(self._points, points - 1, None), None) is None):
+            raise self.error(
+                where,
+                f"loops and stacks have more than {POINTS_MOST} points",
+                "too-large",
+                help="check the numbers of layers and experts in config.json, and --set",
+            )
 
     def pattern(self, text: str, where: Path_) -> Pattern:
         try:

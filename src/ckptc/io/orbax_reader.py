@@ -275,6 +275,9 @@ class ArrayReader:
             if len(self._open) > OPEN_MOST:
                 self._open.popitem(last=False)
         array = self._open[path]
+        if array.rank != len(axes):
+            name, help = shown("/".join(path)), "compile the plan again"
+            raise fail("orbax-array", f"the array {name} has {array.rank} axes, the plan reads {len(axes)}", help=help)
         target, origin = self._ts.array(out, copy=False, write=True), self._ts.d[:].translate_to[0]
         most = max(1, in_flight // max(1, 2 * prod(chunk) * out.itemsize))  # a chunk is held as stored and as decoded
         pending: deque[Any] = deque()

@@ -8,16 +8,38 @@ checked once.
 from __future__ import annotations
 
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import fail
+from ckptc.ops.dequant import decode_op
 from ckptc.ops.nest import AxisMap, Part, restrict_part
-from ckptc.ops.types import OpError, is_float, itemsize
-from ckptc.plan.model import Array, Plan, Source
+from ckptc.ops.types import Axis, OpError, TensorType, is_float, itemsize
+from ckptc.plan.model import Array, Decode, Plan, Source
 
+# What arrays are stored in: the dtypes that both formats have. Tensors may be of a few more.
+DTYPES = frozenset(
+    (
+        "bool",
+        "int8",
+        "uint8",
+        "int16",
+        "uint16",
+        "int32",
+        "uint32",
+        "int64",
+        "uint64",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
+        "complex64",
+    )
+    + ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+)
+UNSTORED = frozenset(("float8_e8m0fnu",))
 MAX_ELEMENTS = 1 << 50  # of an array: more is no checkpoint
 MAX_UNITS = 10_000_000  # of a plan; a unit is some megabytes
 MAX_PAIRS = 20_000  # pairs of parts that are compared for overlaps; of more parts none may stand twice
@@ -114,7 +136,8 @@ def _check_array(array: Array) -> None:
     for size, chunk, unit in zip(array.shape, array.chunk, array.unit, strict=True):
         if chunk > unit or unit > size or (unit % chunk and unit != size):
             raise ValueError(f"chunk {list(array.chunk)} does not fit unit {list(array.unit)} of {list(array.shape)}")
-    itemsize(array.dtype)
+    if array.dtype not in DTYPES or array.dtype in UNSTORED:
+        raise ValueError(f"{array.dtype} is no dtype of an array")
     for part in array.parts:
         check_part(part, array)
     if sum(p.size for p in array.parts) != prod(array.shape):
@@ -172,15 +195,24 @@ def check_part(part: Part, array: Array) -> None:
             raise ValueError(f"a part reads element {last} of a tensor of {_elements(source)}")
         if last_tensor >= len(source.tensors):
             raise ValueError(f"a part reads tensor {last_tensor} of {len(source.tensors)}")
-        if source.decode and len(source.decode.tensors) != len(source.tensors):
-            raise ValueError("values and scales differ in number")
+        if source.decode:
+            _check_decode(source, source.decode)
+        elif source.dtype not in DTYPES:
+            raise ValueError(f"{source.dtype} is no dtype of a tensor")
     for step, operand in part.math:
         if step == "cast":
             itemsize(str(operand))
             if not is_float(str(operand)):
                 raise ValueError(f"a cast to {operand}")
-        elif not isinstance(operand, int | float):
+        elif not isinstance(operand, int | float) or isinstance(operand, bool) or not isfinite(operand):
             raise ValueError(f"`{step}` by {operand!r}")
+
+
+def _check_decode(source: Source, decode: Decode) -> None:
+    if len(decode.tensors) != len(source.tensors):
+        raise ValueError("values and scales differ in number")
+    values, scales = (TensorType(tuple(Axis("", n) for n in x.shape), x.dtype) for x in (source, decode))
+    decode_op(decode.op, decode.block).infer([values, scales])
 
 
 def _elements(source: Source) -> int:
