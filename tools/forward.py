@@ -64,7 +64,7 @@ def compare(case: Case, layout: str, directory: Path) -> Row:
     row = Row(case.name, case.family, case.model, layout, "FAILED")
     for error in (directory.parent / "error", directory / "error"):
         if error.exists():
-            return dataclasses.replace(row, note=error.read_text(encoding="utf-8").strip())
+            return dataclasses.replace(row, note=error.read_text(encoding="utf-8").splitlines()[0])
     with np.load(directory.parent / "expected.npz") as file:
         expected = file["logits"].astype(np.float64)
     with np.load(directory / "actual.npz") as file:
@@ -96,7 +96,9 @@ def convert(case: Case, layout: str, directory: Path) -> None:
         command += ["--set", setting]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        (directory / "error").write_text(f"ckptc: {done.stderr.strip() or done.stdout.strip()}", encoding="utf-8")
+        message = done.stderr.strip() or done.stdout.strip()
+        (directory / "ckptc.log").write_text(message, encoding="utf-8")
+        (directory / "error").write_text(f"ckptc: {message.splitlines()[0]}", encoding="utf-8")
 
 
 def work_through(work: Path, cases: list[Case], layouts: list[str], transformers: str, maxtext: str) -> list[Row]:

@@ -19,6 +19,8 @@ class Case:
     config: dict[str, Any]  # its configuration
     maxtext: list[str]  # MaxText's settings for the same sizes
     set: list[str] = field(default_factory=list)  # --set options of ckptc
+    rename: list[tuple[str, str]] = field(default_factory=list)  # from what `save_pretrained` writes to the Hub's names
+    transpose: str = ""  # a pattern of names, whose last two axes the Hub has the other way round
     layouts: tuple[str, ...] = ("scan", "unscan")
     tokens: int = 150  # token ids are below this
     batch: int = 2

@@ -126,7 +126,7 @@ DEEPSEEK4: dict[str, Any] = {
     "index_topk": 4,
     "compress_ratios": [0, 0, 4, 128, 4, 128, 4],
     "num_hash_layers": 3,
-    "moe_intermediate_size": 28,
+    "intermediate_size": 28,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -160,6 +160,12 @@ LATENTS += [
         "DeepseekV4ForCausalLM",
         {**DEEPSEEK4, "rope_parameters": None},
         DEEPSEEK4_MAXTEXT,
+        rename=[
+            (r"^model\.embed_tokens", "embed"),
+            (r"^model\.hc_head\.hc_", "hc_head_"),
+            (r"^model\.", ""),
+            (r"\.attn\.norm\.", ".attn.kv_norm."),
+        ],
         length=256,  # a few of the longer windows that are compressed
         note="without YaRN in compressed attention: MaxText's configuration has none",
     ),
@@ -310,6 +316,7 @@ QWENS = [
         "Qwen3VLMoeForConditionalGeneration",
         {"text_config": {**VL_TEXT, **MOE}, **VL_VISION, "tie_word_embeddings": False},
         [*VL_MAXTEXT, *MOE_MAXTEXT],
+        transpose=r"mlp\.experts\.",  # transformers 5 keeps them as matrices of other models, and saves them so
         layouts=("unscan",),
     ),
     case(
@@ -318,8 +325,35 @@ QWENS = [
         "Qwen3VLForConditionalGeneration",
         {"text_config": VL_TEXT, **VL_VISION, "tie_word_embeddings": False},
         VL_MAXTEXT,
+        rename=[
+            (r"^model\.(language_model|visual)\.", ""),
+            (r"\.([qkv])_proj\.", r".to_\1."),
+            (r"\.o_proj\.", ".to_out."),
+            (r"\.([qk])_norm\.", r".norm_\1."),
+        ],
         layouts=("unscan",),
-        note="transformers has no Weaver class: this is Qwen3-VL's, with its own output matrix",
+        note="transformers has no Weaver class: this is Qwen 3 VL's under Weaver's names",
+    ),
+    case(
+        "qwen3-omni-30b-a3b",
+        "qwen3-omni",
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {
+            "text_config": {**VL_TEXT, **MOE, "rope_parameters": {**MROPE, "rope_theta": 1_000_000.0}},
+            "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
+            "audio_config": {
+                "d_model": 20,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 36,
+                "num_mel_bins": 16,
+                "downsample_hidden_size": 12,
+                "output_dim": 48,
+            },
+        },
+        [*VL_MAXTEXT, *MOE_MAXTEXT, "use_audio=false"],
+        layouts=("unscan",),
+        note="the thinker alone",
     ),
 ]
 

@@ -10,6 +10,7 @@ the file WORKDIR/<name>/error. Everything is float32, attention is `eager`: plai
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 import zlib
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 
 def configuration(architecture: Any, fields: dict[str, Any]) -> Any:
@@ -51,6 +53,26 @@ def randomise(model: Any, seed: int) -> None:
                 buffer.copy_(torch.stack(rows))
 
 
+def publish(directory: Path, renames: list[list[str]], transposed: str) -> None:
+    """Gives the saved tensors the Hub's names and axes, where `save_pretrained` writes others."""
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(-1, -2).contiguous() if transposed and re.search(transposed, name) else tensor
+
+    for file in directory.glob("*.safetensors"):
+        tensors = {renamed(name): turned(name, tensor) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"] = {renamed(name): file for name, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content), encoding="utf-8")
+
+
 def run(case: dict[str, Any], directory: Path) -> None:
     seed = zlib.crc32(case["name"].encode())
     torch.manual_seed(seed)
@@ -62,6 +84,8 @@ def run(case: dict[str, Any], directory: Path) -> None:
         logits = model(input_ids=torch.from_numpy(tokens), use_cache=False).logits
     total = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.save_pretrained(directory / "hf", max_shard_size=total // 3)
+    if case["rename"] or case["transpose"]:
+        publish(directory / "hf", case["rename"], case["transpose"])
     np.savez(directory / "expected.npz", tokens=tokens, logits=logits.float().numpy())
 
 

@@ -26,7 +26,7 @@ from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
 from ckptc.run import runner, straight, worker
 from ckptc.run.runner import Settings
-from ckptc.run.verify import Verified, _compare_blocks, _Difference, check_sums, compare
+from ckptc.run.verify import Verified, _compare_chunk, _Difference, check_sums, compare
 from ckptc.spec import mapping as spec
 from golden import checkpoint_of, compile_case, known_cases
 from reference import GoldenCase, read_safetensors
@@ -285,7 +285,7 @@ BF16 = ml_dtypes.bfloat16
 )
 def test_elements_are_compared_as_bits(expected: Any, stored: Any, wrong: int) -> None:
     difference = _Difference()
-    _compare_blocks(expected, stored, tuple((0, n) for n in expected.shape), difference)
+    _compare_chunk(expected, stored, (0,) * expected.ndim, difference)
     assert difference.elements == wrong
 
 

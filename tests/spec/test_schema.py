@@ -128,7 +128,8 @@ def test_an_unknown_key_is_underlined_and_the_nearest_named(text: str, help: str
 
 
 def test_a_key_that_is_there_already_is_not_what_was_meant() -> None:
-    assert refused("tensors: { a: { from: x, «fro»: y } }\n", "unknown-key").help == "did you mean `for`?"
+    assert refused("tensors: { a: { from: x, «whenn»: true } }\n", "unknown-key").help == "did you mean `when`?"
+    assert refused("tensors: { a: { from: x, when: true, «whenn»: true } }\n", "unknown-key").help is None
 
 
 def test_an_unknown_op_is_called_an_op() -> None:

@@ -20,7 +20,7 @@ from ckptc.spec.mapping import LoopOver, Value
 
 Names = dict[str, Any]
 
-POINTS_MOST = 200_000  # that loops and stacks may have in all: the largest models have some 70,000 tensors
+POINTS_MOST = 150_000  # that loops and stacks may have in all: the largest models have some 70,000 tensors
 
 
 def matches(name: str, *patterns: str) -> bool:

@@ -21,23 +21,7 @@ from ckptc.plan.model import Array, Decode, Plan, Source
 
 # What arrays are stored in: the dtypes that both formats have. Tensors may be of a few more.
 DTYPES = frozenset(
-    (
-        "bool",
-        "int8",
-        "uint8",
-        "int16",
-        "uint16",
-        "int32",
-        "uint32",
-        "int64",
-        "uint64",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-        "complex64",
-    )
-    + ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 )
 UNSTORED = frozenset(("float8_e8m0fnu",))
 MAX_ELEMENTS = 1 << 50  # of an array: more is no checkpoint

@@ -9,9 +9,10 @@ Two ways, both with bounded memory:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.io.restored import RestoredArray, custom_metadata_of, open_restored
+from ckptc.io.restored import Pending, RestoredArray, custom_metadata_of, open_restored
 from ckptc.io.zarr3 import grid
 from ckptc.ir.graph import Graph, Target
 from ckptc.ops.types import itemsize
@@ -107,7 +108,7 @@ def check_sums(step: Path, on_progress: OnProgress = _nothing) -> Verified:
     for name in sorted(stored.keys() & sums.known.keys()):
         array, summer, found = stored[name], checksum.Summer(), 0
         try:
-            for cell, data in _chunks(array):
+            for cell, _, data in _chunks(array, tuple((0, n) for n in array.shape)):
                 found = checksum.add(found, summer.chunk(cell, data))
             problems += sums.differ(array, found)
         except InputError as error:
@@ -143,11 +144,14 @@ def _extra(name: str) -> Diagnostic:
 def _compare_array(target: Target, stored: RestoredArray, tensors: Tensors, sums: _Sums) -> list[Diagnostic]:
     difference, summer, total = _Difference(), checksum.Summer(), 0
     for box, node in blocks(target, stored.chunk):
-        pending = stored.start(box)  # reads while the expected block is made
-        expected, found = make(node, tensors), pending.result()
-        _compare_blocks(expected, found, box, difference)
-        for cell, inside in _cells(stored, box):
-            total = checksum.add(total, summer.chunk(cell, found[inside]))
+        chunks = _chunks(stored, box)
+        first = next(chunks)  # the first ones are read while the block is made
+        expected = make(node, tensors)
+        for cell, inside, found in chain([first], chunks):
+            corner = tuple(low + s.start for (low, _), s in zip(box, inside, strict=True))
+            at: Any = (*inside, ...)  # with `...` an array without axes stays one
+            _compare_chunk(expected[at], found, corner, difference)
+            total = checksum.add(total, summer.chunk(cell, found))
     if not difference.elements:
         return sums.differ(stored, total)
     n, size = difference.elements, prod(stored.shape)
@@ -156,8 +160,8 @@ def _compare_array(target: Target, stored: RestoredArray, tensors: Tensors, sums
     return [Diagnostic("output-differs", message, None, notes, _AGAIN)]
 
 
-def _compare_blocks(expected: Array, found: Array, box: Box, difference: _Difference) -> None:
-    """Notes where the bits of two arrays of one type are not the same. `box`: where both stand in the whole array."""
+def _compare_chunk(expected: Array, found: Array, corner: tuple[int, ...], difference: _Difference) -> None:
+    """Notes where the bits of two arrays of one type are not the same. `corner`: where both begin in the whole array."""
     if (expected.shape, expected.dtype) != (found.shape, found.dtype):
         raise AssertionError(f"{expected.dtype}{expected.shape} made, {found.dtype}{found.shape} read")
     a, b = np.ascontiguousarray(expected).reshape(-1), np.ascontiguousarray(found).reshape(-1)
@@ -168,7 +172,7 @@ def _compare_blocks(expected: Array, found: Array, box: Box, difference: _Differ
             continue
         at = int(np.argmax(unequal))
         index = np.unravel_index(begin + at, expected.shape)
-        first = tuple(int(i) + low for i, (low, _) in zip(index, box, strict=True))
+        first = tuple(int(i) + low for i, low in zip(index, corner, strict=True))
         difference.note(int(np.count_nonzero(unequal)), first, _shown(one[at]), _shown(other[at]))
 
 
@@ -192,19 +196,21 @@ def _cells(array: RestoredArray, box: Box) -> Iterator[tuple[int, tuple[slice, .
         yield checksum.cell_of(index, cells), inside
 
 
-def _chunks(array: RestoredArray) -> Iterator[tuple[int, Array]]:
-    """Every chunk of an array, the next ones being read while one is used."""
-    whole = tuple((0, n) for n in array.shape)
+def _chunks(array: RestoredArray, box: Box) -> Iterator[tuple[int, tuple[slice, ...], Array]]:
+    """The chunks of a box of whole chunks: their cell in the array's grid, where they stand in the box, and what they
+    hold; the next ones being read while one is used."""
     ahead = max(1, AHEAD // max(1, prod(array.chunk) * itemsize(array.dtype)))
-    pending = []
-    for cell, inside in _cells(array, whole):
-        box = tuple((s.start, min(s.stop, n)) for s, n in zip(inside, array.shape, strict=True))
-        pending.append((cell, array.start(box)))
+    pending: deque[tuple[int, tuple[slice, ...], Pending]] = deque()
+    for cell, inside in _cells(array, box):
+        edges = zip(inside, box, array.shape, strict=True)
+        part = tuple((low + s.start, min(low + s.stop, n)) for s, (low, _), n in edges)
+        pending.append((cell, inside, array.start(part)))
         if len(pending) > ahead:
-            cell, first = pending.pop(0)
-            yield cell, first.result()
-    for cell, rest in pending:
-        yield cell, rest.result()
+            cell, inside, first = pending.popleft()
+            yield cell, inside, first.result()
+    while pending:
+        cell, inside, first = pending.popleft()
+        yield cell, inside, first.result()
 
 
 def _nbytes(array: RestoredArray) -> int:
