@@ -1,19 +1,28 @@
 """Checks converted weights by what they compute: MaxText's model on them, next to transformers' on the originals.
 
-    python tools/forward.py WORKDIR --transformers-python PYTHON --maxtext-python PYTHON [CASE ...] [--layout both] [--json FILE]
+    python tools/forward.py WORKDIR [CASE ...] --transformers-python PYTHON --maxtext-python PYTHON
+                            [--layout scan] [--json FILE]
 
-This trusts no mapping. For each case of `forward_cases.py` it
+This trusts no mapping. For each case of `forward_cases*.py` it
 
- 1. makes a tiny random checkpoint with the Hub's class and `save_pretrained`, and the class's logits (`forward_transformers.py`);
+ 1. makes a tiny random checkpoint with the Hub's class and `save_pretrained`, and the logits of the class, in the
+    first environment (`forward_transformers.py`);
  2. converts it with ckptc, in this Python;
- 3. restores the result into MaxText's own model and computes the same logits (`forward_maxtext.py`);
- 4. compares: the largest difference, relative to the largest logit, the mean KL divergence, and how often the first choice agrees.
+ 3. restores the result into MaxText's own model and computes the same logits, in the second environment
+    (`forward_maxtext.py`);
+ 4. compares: the largest difference, also in parts of the largest logit, the mean KL divergence, and how often both
+    choose the same token first.
 
-Everything is float32, so that two right models differ by rounding alone, some 1e-6 of the largest logit. The first environment needs torch
-and transformers; the second MaxText, which needs Python 3.12, and what its models import: `pip install --no-deps maxtext==0.2.5`, then
-jax, flax, orbax-checkpoint, aqtp, qwix, tokamax, grain, drjax, transformers, pathwaysutils, sympy, tiktoken and a few more.
+Everything is float32, so that two right models differ by rounding alone, some 1e-6 of the largest logit. The first
+environment needs torch and transformers. The second needs Python 3.12 and
 
-A case may state a known deviation of MaxText's model; its row then says so and does not fail. Exit code: 0 all agree, 1 some do not.
+    pip install --no-deps maxtext==0.2.5
+    pip install jax flax orbax-checkpoint omegaconf pydantic optax aqtp qwix tokamax grain drjax pathwaysutils \\
+        cloud-accelerator-diagnostics transformers jaxtyping ml_collections absl-py psutil sentencepiece tiktoken \\
+        jinja2 pillow sympy
+
+A case may state a known deviation of MaxText's model; its row then says so and does not fail. Exit code: 0 where all
+others agree, 1 where some do not.
 """
 
 from __future__ import annotations
@@ -31,9 +40,10 @@ from typing import Any
 import numpy as np
 
 from forward_cases import DENSE, SPARSE, Case
-from forward_cases_wide import WIDE
+from forward_cases_latent import LATENTS
+from forward_cases_wrapped import WRAPPED
 
-CASES = [*DENSE, *SPARSE, *WIDE]
+CASES = [*DENSE, *SPARSE, *LATENTS, *WRAPPED]
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3  # of the largest logit: far above float32 noise, far below any wrong array
 

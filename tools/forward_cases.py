@@ -1,7 +1,8 @@
 """The cases of `forward.py`: for each, the same tiny model said twice, to transformers and to MaxText.
 
-Sizes are small and, as far as the models allow, all different, so that no two axes can be confused unseen. What is not a size (rotary
-bases and scalings, epsilons, activations, soft caps) is the published model's, or MaxText's where the two differ (then a comment says so).
+Sizes are small and, as far as the models allow, all different, so that no two axes can be confused unseen. What is not
+a size (rotary bases and scalings, epsilons, activations, soft caps) is the published model's, or MaxText's where the
+two differ; then a note says so.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def case(
     return Case(name, family, model or name, architecture, config, [*MAXTEXT, *(maxtext or [])], **others)
 
 
-# MaxText adds rows to the vocabulary of most models with tied embeddings, and scales those of Gemma by the root of the width: an exact
-# number at 64.
+# MaxText adds rows to the vocabulary of most models with tied embeddings, and scales those of Gemma by the root of the
+# width: an exact number at 64.
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "vocab_size": 150}
 PADDED = ["padded_vocab=160"]
 GEMMA: dict[str, Any] = {
@@ -110,6 +111,17 @@ def windows(pattern: str) -> list[str]:
     return [{"s": "sliding_attention", "f": "full_attention", "l": "linear_attention"}[letter] for letter in pattern]
 
 
+OLMO3_YARN = yarn(500_000, 8.0, original_max_position_embeddings=8192)
+OLMO3 = {
+    **LLAMA,
+    "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 6,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "layer_types": windows("sssfsssf"),
+}
+OLMO3_MAXTEXT = ["base_num_decoder_layers=8", "base_num_kv_heads=6", "head_dim=8", "sliding_window_size=8"]
 DENSE = [
     case("llama2-7b", "llama2", "LlamaForCausalLM", {**LLAMA, "rope_parameters": rope(10_000)}),
     case("llama3-8b", "llama2", "LlamaForCausalLM", {**LLAMA, "rope_parameters": rope(500_000)}),
@@ -207,21 +219,18 @@ DENSE = [
         "olmo3-7b",
         "olmo3",
         "Olmo3ForCausalLM",
-        {
-            **LLAMA,
-            "rms_norm_eps": 1e-6,
-            "num_hidden_layers": 8,
-            "num_key_value_heads": 6,
-            "head_dim": 8,
-            "sliding_window": 8,
-            "layer_types": windows("sssfsssf"),
-            "rope_parameters": {
-                "sliding_attention": yarn(500_000, 8.0, original_max_position_embeddings=8192),
-                "full_attention": yarn(500_000, 8.0, original_max_position_embeddings=8192),
-            },
-        },
-        ["base_num_decoder_layers=8", "base_num_kv_heads=6", "head_dim=8", "sliding_window_size=8"],
-        note="YaRN on every layer: transformers 5 leaves it out of sliding attention, MaxText does not",
+        {**OLMO3, "rope_parameters": {"sliding_attention": OLMO3_YARN, "full_attention": OLMO3_YARN}},
+        OLMO3_MAXTEXT,
+        note="with YaRN in layers of sliding attention too, as in MaxText",
+    ),
+    case(
+        "olmo3-7b-hub",
+        "olmo3",
+        "Olmo3ForCausalLM",
+        {**OLMO3, "rope_parameters": {"sliding_attention": rope(500_000), "full_attention": OLMO3_YARN}},
+        OLMO3_MAXTEXT,
+        "olmo3-7b",
+        deviation="MaxText has YaRN in every layer, transformers 5 only in those of full attention",
     ),
 ]
 

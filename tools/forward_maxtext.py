@@ -2,10 +2,10 @@
 
     python forward_maxtext.py FORWARDS
 
-Runs where MaxText is; imports nothing of this repository. FORWARDS is the JSON list that `forward.py` writes. For each directory in it
-this builds MaxText's model with the case's sizes, restores maxtext/0/items with MaxText's own `load_params_from_path`, which fails unless
-every array of the model is there in the right shape, and leaves the logits for the tokens of ../expected.npz in actual.npz, or the
-file error.
+Runs where MaxText is; imports nothing of this repository. FORWARDS is the JSON list that `forward.py` writes. For each
+directory in it this builds MaxText's model with the case's sizes, restores maxtext/0/items with MaxText's own
+`load_params_from_path`, which fails unless every array of the model is there in the right shape, and leaves the logits
+for the tokens of ../expected.npz in actual.npz, or the file error.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python forward_transformers.py CASES WORKDIR
 
-Runs where torch and transformers are; imports nothing of this repository. CASES is the JSON list that `forward.py` writes. For each
-case this leaves WORKDIR/<name>/hf, as `save_pretrained` writes it, and WORKDIR/<name>/expected.npz with `tokens` and `logits`, or
-the file WORKDIR/<name>/error. Everything is float32, attention is `eager`: plain matrix products and a softmax.
+Runs where torch and transformers are; imports nothing of this repository. CASES is the JSON list that `forward.py`
+writes. For each case this leaves WORKDIR/<name>/hf, as `save_pretrained` writes it, and WORKDIR/<name>/expected.npz
+with `tokens` and `logits`, or the file WORKDIR/<name>/error. Everything is float32, attention is `eager`: plain matrix
+products and a softmax.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def configuration(architecture: Any, fields: dict[str, Any]) -> Any:
 def randomise(model: Any, seed: int) -> None:
     """Gives every parameter values that show.
 
-    A fresh model would hide mistakes: its norms are all ones, its biases zero, its matrices so small that attention is nearly uniform.
-    All are numbers of bfloat16, as published ones are: MaxText rounds tied embeddings to it for the logits, whatever its dtype.
+    A fresh model would hide mistakes: its norms are all ones, its biases zero, its matrices so small that attention is
+    nearly uniform. All are numbers of bfloat16, as published ones are: MaxText rounds tied embeddings to it for the
+    logits, whatever its dtype.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -90,6 +92,7 @@ def run(case: dict[str, Any], directory: Path) -> None:
 
 
 def main() -> int:
+    transformers.utils.logging.disable_progress_bar()
     cases, work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     for case in cases:
         directory = work / case["name"]

@@ -12,6 +12,8 @@ from ckptc.cli.formats import FORMATS, formatted
 from ckptc.cli.main import parser
 from ckptc.diagnostics import Diagnostic, Span
 
+from .conftest import Command
+
 FULL = Diagnostic("shape-mismatch", "`a` has another shape", Span("m.yaml", 8, 3, 5), ("expected: [1]", "found: [2]"), "use --set")
 BARE = Diagnostic("no-output", "nothing is named")
 
@@ -62,7 +64,7 @@ def test_text_is_the_default_and_each_command_has_all_of_them() -> None:
         assert (tuple(option.choices), option.default) == (FORMATS, "text"), name
 
 
-def test_a_command_prints_them_on_stderr_and_exits_alike(ckptc, mapping: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_command_prints_them_on_stderr_and_exits_alike(ckptc: Command, mapping: str) -> None:
     text = Path(mapping).read_text("utf-8").replace("embed mlp -> mlp embed", "embed mlp -> mlp embd")
     Path(mapping).write_text(text, "utf-8")
     argv = ("compile", "--mapping", mapping, "--model", "tiny")

@@ -23,8 +23,8 @@ MODEL = "qwen3-235b-a22b"
 LAYERS, EXPERTS, FILES = 94, 128, 118
 EXPERT_TENSORS = LAYERS * EXPERTS * 3
 LAYOUTS = ("scanned", "unscanned")
-MEMORY = 700 << 20  # bytes that the process may peak at; the interpreter and numpy are some 100 MB of it
-BYTES = 12 << 20  # of the plan, in which each tensor has a row
+MEMORY = 300 << 20  # bytes that the process may peak at; the interpreter and numpy are some 100 MB of it
+BYTES = 5 << 20  # of the plan, in which each tensor has a row
 
 
 def shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -150,6 +150,7 @@ PARTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     path=st.lists(TEXT, min_size=1),
     rule=st.text(st.characters(exclude_categories=["Cs"])),

@@ -21,6 +21,7 @@ from ckptc.compile.schedule import ACCOUNTED_MOST, TooManyUnitsError, account, f
 from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
+from ckptc.ops.dequant import MX_GROUP, DequantMxfp4
 from ckptc.plan import model as plan
 from ckptc.spec.mapping import Mapping, Model
 
@@ -156,7 +157,12 @@ def _source(leaf: Leaf, table: _Table) -> plan.Source:
     d = leaf.decoded
     block = getattr(d.op, "block", ())
     decode = plan.Decode(d.op.name, block, d.scale.dtype, d.scale.shape, tuple(table.position[n] for n in d.scales))
-    return plan.Source(d.stored.dtype, d.stored.shape, positions, decode)
+    shape, dtype = d.stored.shape, d.stored.dtype
+    if isinstance(d.op, DequantMxfp4) and d.op.flat:
+        # The same bytes, as groups of codes: a plan has one form of mxfp4.
+        dtype = "uint8"
+        shape = (*shape[:-1], shape[-1] // (MX_GROUP // 2), MX_GROUP // 2)
+    return plan.Source(dtype, shape, positions, decode)
 
 
 def sha256(data: bytes) -> str:

@@ -297,7 +297,11 @@ class _Chain:
             op = build_op(entry.op, leaf.each, 0, self.scope, self.names)
             assert isinstance(op, Decode)
             self.steps.append(op.describe())
-            return self._decoded_leaf(op, leaf, scales, entry.op.where)
+            try:  # the rule speaks of the decoded tensor
+                stored = Leaf(leaf.tensors, leaf.grid, op.stored(leaf.each), leaf.span)
+            except OpError as error:
+                raise self._op_error(error, (leaf,), entry.op.where) from None
+            return self._decoded_leaf(op, stored, scales, entry.op.where)
         return leaf
 
     def _decode(self, op: Decode, spec: OpSpec, nodes: tuple[Node, ...]) -> Node:

@@ -84,7 +84,7 @@ def build_op(spec: OpSpec, input: TensorType, batch: int, scope: Scope, names: N
         case "dequant_block_fp8":
             return DequantBlockFp8(tuple(integer(b) for b in argument["block"]))
         case "dequant_mxfp4":
-            return DequantMxfp4()
+            return DequantMxfp4(bool(argument.get("flat", False)))
     raise AssertionError(f"the schema lets `{spec.name}` through, but there is no such op")
 
 

@@ -54,6 +54,10 @@ class Decode(Op):
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         raise OpError(f"`{self.name}` decodes a source tensor as it is stored: it comes first")
 
+    def stored(self, values: TensorType) -> TensorType:
+        """The type as stored of a tensor that, decoded, has the axes of `values`; its dtype is the stored one."""
+        return values
+
     @abstractmethod
     def scales_shape(self, values: TensorType) -> tuple[int, ...]:
         """The shape the tensor of scales must have."""
@@ -133,25 +137,45 @@ class DequantMxfp4(Decode):
     Source of the format: OCP Microscaling Formats (MX) specification 1.0, sections 5.1 to 5.4.
     """
 
+    flat: bool = False  # whether the groups of a row are fused: [.., n/2] bytes with scales [.., n/32]
     name = "dequant_mxfp4"
 
+    def stored(self, values: TensorType) -> TensorType:
+        *lead, last = values.axes or (Axis("", 1),)
+        if not self.flat or last.size % MX_GROUP:
+            raise OpError(
+                f"`{self.name}` of whole tensors needs `flat`, and rows of whole groups of {MX_GROUP}: {values}"
+            )
+        return TensorType((*lead, Axis(last.name, last.size // 2)), values.dtype)
+
     def scales_shape(self, values: TensorType) -> tuple[int, ...]:
+        if self.flat:
+            if not values.shape or values.shape[-1] % (MX_GROUP // 2):
+                raise OpError(f"mxfp4 rows are groups of {MX_GROUP // 2} bytes, found {list(values.shape)}")
+            return (*values.shape[:-1], values.shape[-1] // (MX_GROUP // 2))
         if len(values.shape) < 2 or values.shape[-1] != MX_GROUP // 2:
             raise OpError(f"mxfp4 blocks are [.., groups, {MX_GROUP // 2}] bytes, found {list(values.shape)}")
         return values.shape[:-1]
 
     def rows(self, stored: tuple[int, ...]) -> RowLayout:
+        if self.flat:
+            stored = (*stored[:-1], stored[-1] // (MX_GROUP // 2), MX_GROUP // 2)
         *axes, groups, packed = stored
         return RowLayout(tuple(axes), (1,) * len(axes), groups * MX_GROUP, groups * packed, MX_GROUP)
 
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
-        values = self._check(inputs, ("uint8",), ("uint8", "float8_e8m0fnu"))
+        values = self._check(inputs, ("uint8", "int8"), ("uint8", "float8_e8m0fnu"))
+        if self.flat:
+            *lead, last = values.axes
+            return TensorType((*lead, Axis(last.name, last.size * 2)), "float32")
         groups = values.axes[-2]
         merged = replace_axis(values, len(values.axes) - 1)
         return TensorType((*merged.axes[:-1], Axis(groups.name, groups.size * MX_GROUP)), "float32")
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
         codes = arrays[0].view(np.uint8)
+        if self.flat:
+            codes = codes.reshape(*codes.shape[:-1], -1, MX_GROUP // 2)
         pairs = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:-1], MX_GROUP)
         scales = arrays[1].view(np.uint8)[..., None]
         # ldexp is exact, also at the ends of the exponent's range. Scale 255 is NaN, even for codes of zero.

@@ -45,6 +45,8 @@ def check_plan(plan: Plan, name: str) -> None:
 
 
 def _check(plan: Plan) -> None:
+    if plan.made.kind != "export" and plan.outputs is not None:
+        raise PlanError("it is no export and has outputs of one")
     for file in plan.files:
         if file.name.startswith("/") or "\\" in file.name or any(p in ("", ".", "..") for p in file.name.split("/")):
             raise PlanError(f"`{file.name}` is not the name of a file inside a checkpoint")
@@ -61,8 +63,6 @@ def _check(plan: Plan) -> None:
 
         check_export(plan)
         return
-    if plan.outputs is not None:
-        raise PlanError("it is no export and has outputs of one")
     paths = [a.path for a in plan.arrays]
     if paths != sorted(set(paths)):
         raise PlanError("arrays are not in the order of their paths, each once")

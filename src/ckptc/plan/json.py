@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import best_match
+from jsonschema.validators import extend
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.ops.nest import AxisMap, Factor, Part
@@ -228,7 +229,10 @@ def _without_base(part: Any) -> Any:
 
 @cache
 def _validator() -> Draft7Validator:
-    return Draft7Validator(schema("plan"))
+    # To JSON Schema 2.0 is an integer too; as a position in a list it is none.
+    integers = Draft7Validator.TYPE_CHECKER.redefine("integer", lambda _, x: type(x) is int)
+    strict: type[Draft7Validator] = extend(Draft7Validator, type_checker=integers)
+    return strict(schema("plan"))
 
 
 def decode(body: dict[str, Any]) -> Plan:

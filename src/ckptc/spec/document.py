@@ -170,7 +170,7 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
             _refuse_tag(key_node, document)
             if str(key_node.tag).endswith(":merge"):
                 raise fail("invalid-yaml", "merge keys are not part of the mapping dialect", span=key_span)
-            key = str(key_node.value)
+            key = _text(key_node, document)
             if key in out:
                 raise fail("duplicate-key", f"key `{key}` is given twice", span=key_span)
             document.keys[(*path, key)] = key_span
@@ -184,7 +184,7 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         return [_build(item, document, (*path, i)) for i, item in enumerate(node.value)]
     tag = str(node.tag).rsplit(":", 1)[-1]
     if tag == "str":
-        return str(node.value)
+        return _text(node, document)
     convert = _SCALARS.get(tag)
     if convert is None:
         raise fail(
@@ -200,6 +200,14 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         raise fail(
             "invalid-yaml", f"`{shown}` is not a value a mapping can hold", span=span, help="quote it if it is text"
         ) from None
+
+
+def _text(node: ScalarNode, document: Document) -> str:
+    """A scalar's text. An escape can make half of a surrogate pair, which no file can be named or written with."""
+    text = str(node.value)
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise fail("invalid-yaml", "half of a surrogate pair is not text", span=_span(node, document.name), help="write the character itself")
+    return text
 
 
 def _refuse_tag(node: Node, document: Document) -> None:

@@ -1,0 +1,265 @@
+"""A plan that contradicts itself is refused before it is run, whoever wrote it; those that ckptc writes are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptc.diagnostics import InputError
+from ckptc.ops.nest import AxisMap, Factor, Part
+from ckptc.plan.check import MAX_LOOPS, MAX_PAIRS, check_plan
+from ckptc.plan.model import Array, Decode, Plan, Source, Tensor
+from golden import compile_case, known_cases
+from reference import GoldenCase
+from roundtrip import converted, export_plan
+
+CASES = {case.id: case for case in known_cases()}
+STACKED = "params/params/decoder/layers/self_attention/query/kernel"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_what_the_compiler_writes_passes(case: GoldenCase) -> None:
+    check_plan(compile_case(case), "plan")
+    check_plan(compile_case(case, memory=1 << 12, shards=2), "plan")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return compile_case(CASES["gemma2.scan"])
+
+
+@pytest.fixture(scope="module")
+def coded() -> Plan:
+    return compile_case(CASES["qwen3_5_fp8.unscan"])
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    case = CASES["gemma2.scan"]
+    return export_plan(case, converted(case, tmp_path_factory.mktemp("saved") / "out"))
+
+
+def refusal(plan: Plan) -> str:
+    with pytest.raises(InputError) as caught:
+        check_plan(plan, "plan.json")
+    (diagnostic,) = caught.value.diagnostics
+    assert diagnostic.code == "invalid-plan"
+    return diagnostic.message.removeprefix("plan.json is not a plan that can be run: ")
+
+
+def with_array(plan: Plan, change: Callable[[Array], Array], number: int = 0) -> Plan:
+    arrays = list(plan.arrays)
+    arrays[number] = change(arrays[number])
+    return replace(plan, arrays=tuple(arrays))
+
+
+def largest(plan: Plan) -> int:
+    return max(range(len(plan.arrays)), key=lambda n: (len(plan.arrays[n].shape), plan.arrays[n].size))
+
+
+def with_part(plan: Plan, **changes: Any) -> Plan:
+    """The first part of the plan's largest array, changed."""
+    return with_array(plan, lambda a: replace(a, parts=(replace(a.parts[0], **changes), *a.parts[1:])), largest(plan))
+
+
+def axis_changed(plan: Plan, change: Callable[[AxisMap], AxisMap]) -> Plan:
+    axes = plan.arrays[largest(plan)].parts[0].axes
+    return with_part(plan, axes=(change(axes[0]), *axes[1:]))
+
+
+PARTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+    "reads past the tensor": (lambda p: with_part(p, base=10**9), "reads element 1"),
+    "reads past the list": (lambda p: with_part(p, first=99), "reads tensor"),
+    "of a source there is not": (lambda p: with_part(p, source=7), "out of range"),
+    "with an axis too few": (lambda p: with_part(p, axes=()), "another number of axes"),
+    "past the array": (lambda p: axis_changed(p, lambda a: replace(a, start=1)), "reaches index"),
+    "a loop of nothing": (lambda p: axis_changed(p, lambda a: replace(a, factors=(Factor(0, 1, 1),))), "without iterations"),
+    "a loop that stands": (lambda p: axis_changed(p, lambda a: replace(a, factors=(Factor(2, 0, 1),))), "does not move"),
+    "loops across": (
+        lambda p: axis_changed(p, lambda a: replace(a, factors=(Factor(2, 1, 1), Factor(2, 1, 1)))),
+        "loops of an axis overlap",
+    ),
+    "loops without end": (
+        lambda p: axis_changed(p, lambda a: replace(a, factors=(Factor(1, 1, 0),) * (MAX_LOOPS + 1))),
+        "more steps",
+    ),
+    "covers half": (lambda p: axis_changed(p, lambda a: replace(a, factors=())), "do not cover it once"),
+    "casts to what is not": (lambda p: with_part(p, math=(("cast", "float12"),)), "float12"),
+    "casts to integers": (lambda p: with_part(p, math=(("cast", "int8"),)), "a cast to int8"),
+    "scales by text": (lambda p: with_part(p, math=(("scale", "2"),)), "`scale` by '2'"),
+    "scales by infinity": (lambda p: with_part(p, math=(("scale", float("inf")),)), "`scale` by inf"),
+    "adds a number no float has": (lambda p: with_part(p, math=(("add", 10**400),)), "too large"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_leaves_its_array_or_its_source_is_refused(name: str, plan: Plan) -> None:
+    change, expected = PARTS[name]
+    assert expected in refusal(change(plan))
+
+
+ARRAYS: dict[str, tuple[Callable[[Array], Array], str]] = {
+    "a chunk above its unit": (lambda a: replace(a, chunk=tuple(n + 1 for n in a.chunk)), "does not fit unit"),
+    "a unit above its array": (lambda a: replace(a, unit=tuple(n + 1 for n in a.shape)), "does not fit unit"),
+    "chunks that straddle units": (lambda a: replace(a, unit=(3, *a.shape[1:]), chunk=(2, *a.chunk[1:])), "does not fit unit"),
+    "a shape of another rank": (lambda a: replace(a, shape=(*a.shape, 1)), "differ in length"),
+    "shards of another rank": (lambda a: replace(a, shards=()), "differ in length"),
+    "axes of another rank": (lambda a: replace(a, axes=("x",) * (len(a.shape) + 1)), "differ in length"),
+    "a huge shape": (lambda a: replace(a, shape=(1 << 51, *a.shape[1:])), "too many elements"),
+    "a dtype there is not": (lambda a: replace(a, dtype="float12"), "float12 is no dtype"),
+    "a dtype that is not stored": (lambda a: replace(a, dtype="int4"), "int4 is no dtype"),
+    "a path that climbs": (lambda a: replace(a, path=("params", "..", "x")), "is not the path of an array"),
+    "a path with a line break": (lambda a: replace(a, path=("params", "a\nb")), "is not the path of an array"),
+    "a part twice": (lambda a: replace(a, parts=a.parts * 2), "do not cover it once"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_that_contradicts_itself_is_refused(name: str, plan: Plan) -> None:
+    change, expected = ARRAYS[name]
+    assert expected in refusal(with_array(plan, change, largest(plan)))
+
+
+def constants(*boxes: tuple[tuple[int, int], ...]) -> tuple[Part, ...]:
+    """Parts of a constant over boxes, [low, high) along each axis."""
+    axes = (tuple(AxisMap(low, (Factor(high - low, 1, 0),)) for low, high in box) for box in boxes)
+    return tuple(Part(None, 0, 0, a) for a in axes)
+
+
+def of_parts(plan: Plan, shape: tuple[int, ...], parts: tuple[Part, ...]) -> Plan:
+    ones = (1,) * len(shape)
+    array = Array(("params", "x"), shape, "float32", ones, shape, ones, (), "rule", (), (), parts)
+    return replace(plan, arrays=(array,), tensors=())
+
+
+@pytest.mark.parametrize(
+    ("boxes", "right"),
+    [
+        ([((0, 4), (0, 2)), ((0, 4), (2, 4))], True),
+        ([((0, 4), (0, 2)), ((0, 4), (1, 3))], False),
+        ([((0, 2), (0, 4)), ((0, 2), (0, 4))], False),
+        ([((0, 3), (0, 3)), ((1, 2), (0, 1)), ((3, 4), (0, 4)), ((0, 2), (3, 4))], False),
+        ([((0, 3), (0, 3)), ((0, 3), (3, 4)), ((3, 4), (0, 4))], True),
+    ],
+)
+def test_parts_cover_an_array_once(boxes: list[Any], right: bool, plan: Plan) -> None:
+    made = of_parts(plan, (4, 4), constants(*boxes))
+    if right:
+        check_plan(made, "plan.json")
+    else:
+        assert refusal(made).endswith(("two of its parts overlap", "two of its parts are one", "do not cover it once"))
+
+
+def test_interleaved_parts_do_not_overlap_and_shifted_ones_do(plan: Plan) -> None:
+    even, odd = (Part(None, 0, 0, (AxisMap(start, (Factor(4, 2, 0),)),)) for start in (0, 1))
+    check_plan(of_parts(plan, (8,), (even, odd)), "plan.json")
+    assert "overlap" in refusal(of_parts(plan, (8,), (even, replace(odd, axes=(AxisMap(0, (Factor(4, 1, 0),)),)))))
+
+
+def test_many_parts_are_compared_too(plan: Plan) -> None:
+    count = int(MAX_PAIRS**0.5) + 2
+    rows = [((n, n + 1),) for n in range(count)]
+    check_plan(of_parts(plan, (count,), constants(*rows)), "plan.json")
+    assert "are one" in refusal(of_parts(plan, (count,), constants(*rows[:-1], rows[0])))
+
+
+def test_files_and_tensors_stay_inside_the_checkpoint(plan: Plan) -> None:
+    for name in ("../x", "/etc/passwd", "a//b", "a/./b", "..", "a\\b"):
+        assert "is not the name of a file" in refusal(replace(plan, files=(replace(plan.files[0], name=name), *plan.files[1:])))
+    first, *rest = plan.tensors
+    assert "in file 99" in refusal(replace(plan, tensors=(replace(first, file=99), *rest)))
+    assert "past its file's end" in refusal(replace(plan, tensors=(Tensor(first.name, first.file, 0, 10**12), *rest)))
+    assert "bytes, `" in refusal(replace(plan, tensors=(replace(first, end=first.end - 2), *rest)))
+
+
+def test_paths_are_sorted_and_none_lies_inside_another(plan: Plan) -> None:
+    assert "in the order of their paths" in refusal(replace(plan, arrays=plan.arrays[::-1]))
+    assert "in the order of their paths" in refusal(replace(plan, arrays=(plan.arrays[0], *plan.arrays)))
+    first = plan.arrays[0]
+    inside = replace(first, path=(*first.path, "more"))
+    assert "holds others" in refusal(replace(plan, arrays=(first, inside, *plan.arrays[1:])))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda d: replace(d, op="exec"), "does not decode"),
+        (lambda d: replace(d, block=()), "the scales of"),
+        (lambda d: replace(d, block=(0, 0)), "does not fit"),
+        (lambda d: replace(d, op="dequant_mxfp4"), "decodes uint8"),
+        (lambda d: replace(d, tensors=d.tensors * 2), "differ in number"),
+    ],
+)
+def test_codes_and_scales_fit_each_other(change: Callable[[Decode], Decode], expected: str, coded: Plan) -> None:
+    number = next(n for n, a in enumerate(coded.arrays) if any(s.decode for s in a.sources))
+
+    def changed(source: Source) -> Source:
+        return replace(source, decode=change(source.decode)) if source.decode else source
+
+    assert expected in refusal(with_array(coded, lambda a: replace(a, sources=tuple(map(changed, a.sources))), number))
+
+
+def test_an_export_that_the_compiler_writes_passes(export: Plan) -> None:
+    check_plan(export, "plan.json")
+    assert export.outputs is not None and export.outputs.files
+
+
+def with_outputs(plan: Plan, **changes: Any) -> Plan:
+    assert plan.outputs is not None
+    return replace(plan, outputs=replace(plan.outputs, **changes))
+
+
+EXPORTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
+    "no outputs": (lambda p: replace(p, outputs=None), "has no outputs"),
+    "outputs of an import": (lambda p: replace(p, made=replace(p.made, kind="import")), "outputs of one"),
+    "a file that begins elsewhere": (
+        lambda p: with_outputs(p, files=tuple(replace(f, begins=tuple(b + 8 for b in f.begins)) for f in p.outputs.files)),  # type: ignore[union-attr]
+        "does not begin at byte",
+    ),
+    "a file of another size": (
+        lambda p: with_outputs(p, files=tuple(replace(f, size=f.size + 1) for f in p.outputs.files)),  # type: ignore[union-attr]
+        "bytes, not",
+    ),
+    "weights in place of the config": (
+        lambda p: with_outputs(p, files=tuple(replace(f, name="config.json") for f in p.outputs.files)),  # type: ignore[union-attr]
+        "cannot write a file `config.json`",
+    ),
+    "a companion that climbs": (
+        lambda p: with_outputs(p, companions=(replace(p.files[0], name=".."),)),
+        "cannot write a file `..`",
+    ),
+    "a companion of weights": (
+        lambda p: with_outputs(p, companions=(replace(p.files[0], name="more.safetensors"),)),
+        "it copies weights",
+    ),
+    "batches of unlike arrays": (lambda p: with_outputs(p, batches=(tuple(range(len(p.arrays))),)), "are not alike"),
+    "no chunks": (lambda p: with_outputs(p, chunks={}), "chunks of stored array"),
+    "a tensor twice": (lambda p: replace(p, arrays=p.arrays[:-1] + p.arrays[:1]), "two tensors have one name"),
+    "a dtype that safetensors has not": (lambda p: with_array(p, lambda a: replace(a, dtype="int4")), "has no int4"),
+    "a constant": (
+        lambda p: with_array(p, lambda a: replace(a, parts=tuple(replace(q, source=None) for q in a.parts))),
+        "has no source",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_that_contradicts_itself_is_refused(name: str, export: Plan) -> None:
+    change, expected = EXPORTS[name]
+    assert expected in refusal(change(export))
+
+
+def test_a_plan_is_checked_before_it_is_run(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ckptc.cli.main import run
+    from ckptc.plan.json import dumps
+
+    (tmp_path / "plan.json").write_text(dumps(with_part(plan, base=10**9)), "utf-8")
+    output = tmp_path / "out"
+    argv = ["run", str(tmp_path / "plan.json"), "--source", str(CASES["gemma2.scan"].hf), "--output", str(output)]
+    assert run(argv) == 1
+    assert "reads element 1" in capsys.readouterr().err
+    assert not output.exists()
