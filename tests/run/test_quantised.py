@@ -35,7 +35,7 @@ def fp4(codes: np.ndarray[Any, Any], scales: np.ndarray[Any, Any]) -> np.ndarray
         for i in range(out.shape[1]):
             byte = int(codes[row, i // 2])
             code = byte & 15 if i % 2 == 0 else byte >> 4
-            value = CODES[code & 7] * (-1 if code & 8 else 1)
+            value = -float(CODES[code & 7]) if code & 8 else CODES[code & 7]
             out[row, i] = np.float32(value) * np.float32(2.0) ** (int(scales[row, i // 32]) - 127)
     return out
 
