@@ -231,7 +231,7 @@ def _without_base(part: Any) -> Any:
 def _validator() -> Draft7Validator:
     # To JSON Schema 2.0 is an integer too; as a position in a list it is none.
     integers = Draft7Validator.TYPE_CHECKER.redefine("integer", lambda _, x: type(x) is int)
-    strict: type[Draft7Validator] = extend(Draft7Validator, type_checker=integers)
+    strict: type[Draft7Validator] = extend(Draft7Validator, type_checker=integers)  # type: ignore[no-untyped-call]
     return strict(schema("plan"))
 
 
