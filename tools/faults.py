@@ -72,7 +72,9 @@ class Bench:
         command += ["--output", str(output), "--jobs", "2", "--quiet"]
         if limit is not None:
             command = ["prlimit", f"--fsize={limit}", *command]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def run(self, output: Path, patch: str = "pass", limit: int | None = None) -> tuple[int, str]:
         """The exit code of a run, and what it said."""

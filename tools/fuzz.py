@@ -151,11 +151,15 @@ class _said_to:
         for number in (1, 2):
             os.dup2(descriptor, number)
         os.close(descriptor)
+        self._streams = sys.stdout, sys.stderr  # which need not be what writes there, as under a test runner
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
     def __exit__(self, *_: object) -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
+        sys.stdout, sys.stderr = self._streams
         for number, kept in zip((1, 2), self._kept, strict=True):
             os.dup2(kept, number)
             os.close(kept)

@@ -9,19 +9,42 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from fuzz_headers import GOLDEN
+from fuzz_headers import GOLDEN, joined
 from fuzz_values import CLIMBING, NUMBERS, STRINGS, Case, changed, dumps, hostile, shake, torn
 
-# Plans of different make, and the checkpoint each is of: stacks and pads, experts, codes of both kinds, the way back.
+# Plans of different make, and the checkpoint each is of: stacks and pads, experts, layers apart.
 PLANS = {
     "gemma2": ["--model", "gemma2-2b"],
     "gpt_oss": ["--model", "gpt-oss-20b"],
     "qwen3_5_fp8": ["--model", "qwen3.5-35b-a3b-fp8", "--no-scan"],
     "qwen3_moe": ["--model", "qwen3-30b-a3b", "--dtype", "float32"],
 }
+# A checkpoint of codes of both kinds, with what they decode to.
+CODED = """\
+family: coded
+target: maxtext
+dims: { layers: 2, embed: 64, mlp: 6 }
+models: { coded: { repo: example/coded } }
+blocks:
+  decoder:
+    source: model.layers.{{ layer }}
+    scanned: [{ at: decoder/layers, stack: { layer: layers } }]
+    unscanned: [{ at: "decoder/layers_{{ layer }}", for: { layer: layers } }]
+    tensors:
+      eight: { from: eight, as: mlp embed, ops: [{ dequant_block_fp8: { scales: eight_scale, block: [4, 32] } }, { rearrange: mlp embed -> embed mlp }] }
+      four: { from: four, as: mlp 2 16, ops: [{ dequant_mxfp4: { scales: four_scale } }] }
+"""
+SHAPES = {
+    "eight": ("F8_E4M3", [6, 64]),
+    "eight_scale": ("F32", [2, 2]),
+    "four": ("U8", [6, 2, 16]),
+    "four_scale": ("U8", [6, 2]),
+}
+SIZES = {"F8_E4M3": 1, "U8": 1, "F32": 4}
 SET = ["--set", "padded_vocab=160"]
 EXPORTED = "gemma2"
 DTYPES = (
@@ -58,6 +81,11 @@ def _made(base: Path) -> dict[str, tuple[bytes, Path]]:
     for name, options in PLANS.items():
         source = str(GOLDEN / name / "hf")
         commands.append(["compile", *options, *SET, "--source", source, "-o", str(base / f"{name}.json")])
+    (base / "coded").mkdir()
+    (base / "coded.yaml").write_text(CODED, "utf-8")
+    (base / "coded" / "model.safetensors").write_bytes(_coded_file())
+    coded = ["compile", "--model", "coded", "--mapping", str(base / "coded.yaml"), "--source", str(base / "coded")]
+    commands.append([*coded, "-o", str(base / "coded.json")])
     commands[0] += ["--jobs", "1"]
     commands[1] += ["--config-from", str(GOLDEN / EXPORTED / "hf")]
     for command in commands:
@@ -65,8 +93,18 @@ def _made(base: Path) -> dict[str, tuple[bytes, Path]]:
         subprocess.run([sys.executable, "-m", "ckptc", *command], check=True, stdout=subprocess.DEVNULL)
     for name in PLANS:
         plans[name] = ((base / f"{name}.json").read_bytes(), GOLDEN / name / "hf")
+    plans["coded"] = ((base / "coded.json").read_bytes(), base / "coded")
     plans["back"] = ((base / "back.json").read_bytes(), base / "saved")
     return plans
+
+
+def _coded_file() -> bytes:
+    header, end = dict[str, Any](), 0
+    for layer in range(2):
+        for name, (dtype, shape) in SHAPES.items():
+            begin, end = end, end + prod(shape) * SIZES[dtype]
+            header[f"model.layers.{layer}.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    return joined(dumps(header), bytes(end))
 
 
 def make(rng: random.Random, plans: dict[str, tuple[bytes, Path]]) -> Case:

@@ -28,7 +28,11 @@ def raised() -> set[str]:
                 found.add(node.value)
             elif isinstance(node, ast.JoinedStr) and len(node.values) == 2:
                 kind, rest = node.values
-                if isinstance(kind, ast.FormattedValue) and isinstance(rest, ast.Constant) and ast.unparse(kind.value) == "kind":
+                if (
+                    isinstance(kind, ast.FormattedValue)
+                    and isinstance(rest, ast.Constant)
+                    and ast.unparse(kind.value) == "kind"
+                ):
                     found |= {k + str(rest.value) for k in KINDS}
     return found
 
@@ -64,7 +68,10 @@ def test_without_a_code_all_are_listed_with_their_causes(ckptc: Command) -> None
 
 def test_json_has_the_same_words(ckptc: Command) -> None:
     assert json.loads(ckptc("explain", "--json").out) == catalogue()
-    assert json.loads(ckptc("explain", "lfs-pointer", "--json").out) == {"code": "lfs-pointer", **catalogue()["lfs-pointer"]}
+    assert json.loads(ckptc("explain", "lfs-pointer", "--json").out) == {
+        "code": "lfs-pointer",
+        **catalogue()["lfs-pointer"],
+    }
 
 
 def test_an_unknown_code_is_refused_with_the_nearest(ckptc: Command) -> None:

@@ -14,7 +14,9 @@ from ckptc.diagnostics import Diagnostic, Span
 
 from .conftest import Command
 
-FULL = Diagnostic("shape-mismatch", "`a` has another shape", Span("m.yaml", 8, 3, 5), ("expected: [1]", "found: [2]"), "use --set")
+FULL = Diagnostic(
+    "shape-mismatch", "`a` has another shape", Span("m.yaml", 8, 3, 5), ("expected: [1]", "found: [2]"), "use --set"
+)
 BARE = Diagnostic("no-output", "nothing is named")
 
 
@@ -73,6 +75,8 @@ def test_a_command_prints_them_on_stderr_and_exits_alike(ckptc: Command, mapping
     (record,) = json.loads(results["json"].err)
     line = text[: text.index("embd")].count("\n") + 1
     assert (record["file"], record["line"]) == ("mapping.yaml", line)
-    assert results["github"].err.startswith(f"::error file=mapping.yaml,line={line},col={record['column']},title={record['code']}::")
+    assert results["github"].err.startswith(
+        f"::error file=mapping.yaml,line={line},col={record['column']},title={record['code']}::"
+    )
     assert f"mapping.yaml:{line}:{record['column']}" in results["text"].err
     assert results["text"] == ckptc(*argv)

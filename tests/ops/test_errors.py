@@ -146,7 +146,9 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
     (DequantBlockFp8((2, 2, 2)), [FP8, t("3 2")], "a block [2, 2, 2] does not fit a tensor [5, 3]"),
     (DequantBlockFp8((2, 0)), [FP8, t("3 2")], "a block [2, 0] does not fit a tensor [5, 3]"),
     (DequantMxfp4(), [t("g=2 b=16", "uint8")], "`dequant_mxfp4` takes a tensor and its scales"),
-    (DequantMxfp4(), [t("g=2 b=16", "int8"), t("2", "uint8")], "`dequant_mxfp4` decodes uint8, the tensor is int8"),
+    (DequantMxfp4(), [t("g=2 b=16"), t("2", "uint8")], "`dequant_mxfp4` decodes uint8 or int8, the tensor is float32"),
+    (DequantMxfp4(flat=True), [t("g=2 b=15", "int8"), t("2 1", "uint8")],
+        "mxfp4 rows are groups of 16 bytes, found [2, 15]"),
     (DequantMxfp4(), [t("g=2 b=16", "uint8"), t("2")], "takes scales in uint8 or float8_e8m0fnu, they are float32"),
     (DequantMxfp4(), [t("g=2 b=15", "uint8"), t("2", "uint8")],
         "mxfp4 blocks are [.., groups, 16] bytes, found [2, 15]"),
@@ -161,6 +163,10 @@ OTHER: list[tuple[Callable[[], object], str]] = [
     (
         lambda: Rearrange(((A,), (Axis("a", 3),)), ((A,), (Axis("a", 3),))),
         "an axis stands once on each side of a pattern; more often: a",
+    ),
+    (
+        lambda: DequantMxfp4(flat=True).stored(AB),
+        "`dequant_mxfp4` of whole tensors needs `flat`, and rows of whole groups of 32",
     ),
     (
         lambda: DequantMxfp4().lower([[], []], [AB, AB]),

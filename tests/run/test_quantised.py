@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from reference import golden_cases, read_safetensors
 from safetensors.numpy import save_file
 
 from ckptc.cli.main import run
+from reference import golden_cases, read_safetensors
 
 CODES = [
     0,
@@ -109,7 +109,7 @@ def test_fp8_blocks_with_incomplete_edges(tmp_path: Path, case: str, model: str)
     config, plain = source(case)
     rng = np.random.default_rng(1)
     stored = dict(plain)
-    for name in [n for n in plain if n.endswith("_proj.weight") or n.endswith("kv_a_proj_with_mqa.weight")]:
+    for name in [n for n in plain if n.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight"))]:
         shape = plain[name].shape
         codes = rng.normal(0, 1, shape).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
         scales = rng.uniform(0.5, 2, [-(-n // 128) for n in shape]).astype(np.float32)

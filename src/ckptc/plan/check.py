@@ -20,9 +20,18 @@ from ckptc.ops.types import Axis, OpError, TensorType, is_float, itemsize
 from ckptc.plan.model import Array, Decode, Plan, Source
 
 # What arrays are stored in: the dtypes that both formats have. Tensors may be of a few more.
-DTYPES = frozenset(
-    ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+FLOATS = (
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
 )
+DTYPES = frozenset((*INTEGERS, *FLOATS, "complex64", "float8_e8m0fnu"))
 UNSTORED = frozenset(("float8_e8m0fnu",))
 MAX_ELEMENTS = 1 << 50  # of an array: more is no checkpoint
 MAX_UNITS = 10_000_000  # of a plan; a unit is some megabytes

@@ -182,6 +182,7 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         return out
     if isinstance(node, SequenceNode):
         return [_build(item, document, (*path, i)) for i, item in enumerate(node.value)]
+    assert isinstance(node, ScalarNode)
     tag = str(node.tag).rsplit(":", 1)[-1]
     if tag == "str":
         return _text(node, document)
@@ -206,7 +207,12 @@ def _text(node: ScalarNode, document: Document) -> str:
     """A scalar's text. An escape can make half of a surrogate pair, which no file can be named or written with."""
     text = str(node.value)
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise fail("invalid-yaml", "half of a surrogate pair is not text", span=_span(node, document.name), help="write the character itself")
+        raise fail(
+            "invalid-yaml",
+            "half of a surrogate pair is not text",
+            span=_span(node, document.name),
+            help="write the character itself",
+        )
     return text
 
 
