@@ -16,6 +16,7 @@ goes on. What is restored, by plain Orbax, must be what the undisturbed run gave
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import random
@@ -272,8 +273,8 @@ def reads(bench: Bench, rng: random.Random, count: int) -> Iterator[Result]:
         yield short if code else judged(bench, output, short)
 
         shard = rng.choice(sorted(bench.source.glob("*.safetensors")))
-        yield disturbed(bench, rng, output, f"{shard.name} cut short", lambda shard=shard: cut(shard))
-        yield disturbed(bench, rng, output, f"{shard.name} gone", lambda shard=shard: moved(shard))
+        yield disturbed(bench, rng, output, f"{shard.name} cut short", functools.partial(cut, shard))
+        yield disturbed(bench, rng, output, f"{shard.name} gone", functools.partial(moved, shard))
 
 
 def source(bench: Bench, rng: random.Random, count: int) -> Iterator[Result]:

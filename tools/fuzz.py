@@ -152,8 +152,8 @@ class _said_to:
             os.dup2(descriptor, number)
         os.close(descriptor)
         self._streams = sys.stdout, sys.stderr  # which need not be what writes there, as under a test runner
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
     def __exit__(self, *_: object) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -353,7 +353,7 @@ def main() -> int:
     codes: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     wrong: list[Outcome] = []
-    slowest, spent = Outcome("", 0, [], 0, [], 0.0, None), Counter[str]()
+    slowest, spent = Outcome("", 0, [], 0, [], 0.0, None), dict.fromkeys(kinds, 0.0)
     for outcome in fuzz(kinds, args.count, args.seed, args.seconds, args.jobs):
         codes.update(set(outcome.said))
         ends[f"{outcome.kind}: exit code {outcome.code}"] += 1

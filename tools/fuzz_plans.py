@@ -27,7 +27,7 @@ PLANS = {
 CODED = """\
 family: coded
 target: maxtext
-dims: { layers: 2, embed: 64, mlp: 6 }
+dims: { layers: 2, embed: 64, mlp: 6, groups: 2, packed: 16 }
 models: { coded: { repo: example/coded } }
 blocks:
   decoder:
@@ -36,7 +36,7 @@ blocks:
     unscanned: [{ at: "decoder/layers_{{ layer }}", for: { layer: layers } }]
     tensors:
       eight: { from: eight, as: mlp embed, ops: [{ dequant_block_fp8: { scales: eight_scale, block: [4, 32] } }, { rearrange: mlp embed -> embed mlp }] }
-      four: { from: four, as: mlp 2 16, ops: [{ dequant_mxfp4: { scales: four_scale } }] }
+      four: { from: four, as: mlp groups packed, ops: [{ dequant_mxfp4: { scales: four_scale } }] }
 """
 SHAPES = {
     "eight": ("F8_E4M3", [6, 64]),

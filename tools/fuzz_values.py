@@ -94,7 +94,21 @@ NUMBERS = (
     1e308,
     1e-320,
 )
-ODD = (None, True, False, [], {}, [[]], [None], {"a": 1}, "", "x", float("nan"), float("inf"), -float("inf"))
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    "",
+    "x",
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+)
 
 
 def hostile(rng: random.Random) -> Any:

@@ -106,14 +106,15 @@ def test_plan_loads_as_it_was(layout: str) -> None:
 
 
 COMPILE = """
-import hashlib, json, resource, sys
+import hashlib, json, sys
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
 from ckptc.plan.json import dumps
+from ckptc.run.memory import peak_resident_bytes
 from ckptc.spec.mapping import find_model
 plan = compile_plan(*find_model(sys.argv[1]), Options(layout=sys.argv[2]))
 text = dumps(plan).encode()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+peak = peak_resident_bytes()
 json.dump({"digest": hashlib.sha256(text).hexdigest(), "bytes": len(text), "peak": peak}, sys.stdout)
 """
 

@@ -221,6 +221,25 @@ def test_codes_and_scales_fit_each_other(change: Callable[[Decode], Decode], exp
     assert expected in refusal(with_array(coded, lambda a: replace(a, sources=tuple(map(changed, a.sources)))))
 
 
+def test_codes_of_mxfp4_are_bytes_without_a_sign(coded: Plan) -> None:
+    def of(dtype: str) -> Plan:
+        decode = Decode("dequant_mxfp4", (), "uint8", (4, 1), (1,))
+        source = Source(dtype, (4, 1, 16), (0,), decode)
+        axes = (AxisMap(0, (Factor(4, 1, 32),)), AxisMap(0, (Factor(32, 1, 1),)))
+        made = replace(coded, tensors=(Tensor("w", -1, 0, 64), Tensor("s", -1, 0, 4)))
+        change = {
+            "shape": (4, 32),
+            "chunk": (4, 32),
+            "unit": (4, 32),
+            "sources": (source,),
+            "parts": (Part(0, 0, 0, axes),),
+        }
+        return with_array(made, lambda a: replace(a, **change))  # type: ignore[arg-type]
+
+    check_plan(of("uint8"), "plan.json")
+    assert "uint8" in refusal(of("int8"))
+
+
 def test_an_export_that_the_compiler_writes_passes(export: Plan) -> None:
     check_plan(export, "plan.json")
     assert export.outputs is not None and export.outputs.files

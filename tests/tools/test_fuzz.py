@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
-COUNT = 210
+COUNT = 150
 
 
 @pytest.fixture(scope="module")

@@ -158,9 +158,9 @@ def _source(leaf: Leaf, table: _Table) -> plan.Source:
     block = getattr(d.op, "block", ())
     decode = plan.Decode(d.op.name, block, d.scale.dtype, d.scale.shape, tuple(table.position[n] for n in d.scales))
     shape, dtype = d.stored.shape, d.stored.dtype
+    if isinstance(d.op, DequantMxfp4):
+        dtype = "uint8"  # the same bytes: a plan has one form of mxfp4
     if isinstance(d.op, DequantMxfp4) and d.op.flat:
-        # The same bytes, as groups of codes: a plan has one form of mxfp4.
-        dtype = "uint8"
         shape = (*shape[:-1], shape[-1] // (MX_GROUP // 2), MX_GROUP // 2)
     return plan.Source(dtype, shape, positions, decode)
 

@@ -205,6 +205,8 @@ def _check_decode(source: Source, decode: Decode) -> None:
     if len(decode.tensors) != len(source.tensors):
         raise ValueError("values and scales differ in number")
     values, scales = (TensorType(tuple(Axis("", n) for n in x.shape), x.dtype) for x in (source, decode))
+    if values.dtype == "int8":
+        raise ValueError("codes of mxfp4 are uint8 to a plan")
     decode_op(decode.op, decode.block).infer([values, scales])
 
 

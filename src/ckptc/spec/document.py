@@ -203,7 +203,7 @@ def _build(node: Node, document: Document, path: Path_) -> Any:
         ) from None
 
 
-def _text(node: ScalarNode, document: Document) -> str:
+def _text(node: Node, document: Document) -> str:
     """A scalar's text. An escape can make half of a surrogate pair, which no file can be named or written with."""
     text = str(node.value)
     if any("\ud800" <= c <= "\udfff" for c in text):
