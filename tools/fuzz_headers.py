@@ -241,7 +241,7 @@ def index_value(rng: random.Random, files: Files, case: Case) -> None:
             if name in files
             else {"weight_map": {k: n for n in shards for k in split(files[n])[0]}}
         )
-        names = index["weight_map"]
+        names: dict[str, Any] = index["weight_map"]
         key = rng.choice(list(names))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return
