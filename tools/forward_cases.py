@@ -155,14 +155,14 @@ DENSE = [
         "mistral",
         "MistralForCausalLM",
         {**LLAMA, "rope_parameters": rope(1_000_000), "sliding_window": None},
-        note="rotary base 1,000,000 and no sliding window, as of version 0.3: MaxText has no other",
+        note="rotary base 1,000,000 and no sliding window, as of version 0.3: MaxText's configuration is for that",
     ),
     case(
         "gemma-2b",
         "gemma",
         "GemmaForCausalLM",
         {**GEMMA, "rope_parameters": rope(10_000)},
-        ["base_emb_dim=64"],
+        GEMMA_MAXTEXT,
         set=PADDED,
     ),
     case(
