@@ -115,7 +115,7 @@ class CheckpointWriter:
         `data`: C-contiguous, of the box's shape, its elements as they are stored.
         """
         item = data.itemsize
-        view = memoryview(data.reshape(-1).view(np.uint8))
+        view = data.reshape(-1).view(np.uint8).data
         done = 0
         for first, length in runs(shape, box):
             _write_all(self._descriptors[file], view[done : done + length * item], begin + first * item)
@@ -126,7 +126,7 @@ class CheckpointWriter:
     ) -> None:
         """Reads back what `write_box` wrote, into an array like its `data`."""
         item = out.itemsize
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         done = 0
         for first, length in runs(shape, box):
             part, at = view[done : done + length * item], begin + first * item

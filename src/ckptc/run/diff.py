@@ -83,7 +83,7 @@ class SafetensorsSide(Side):
     def read(self, name: str, box: Box) -> Values:
         tensor = self._tensors[name]
         out = np.empty([high - low for low, high in box], dtype=numpy_dtype(tensor.dtype))
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         at = 0
         for first, length in runs(tensor.shape, box):
             size = length * out.itemsize

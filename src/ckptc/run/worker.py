@@ -78,7 +78,7 @@ class Worker:
 
     def _fetch(self, tensors: tuple[int, ...], wanted: list[int], runs: Runs, item: int, buffer: Bytes) -> None:
         """Reads runs of elements of `item` bytes of each wanted tensor, one after the other."""
-        view, at = memoryview(buffer), 0
+        view, at = buffer.data, 0
         for position in wanted:
             tensor = self.plan.tensors[tensors[position]]
             for first, length in runs:
