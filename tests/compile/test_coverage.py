@@ -211,7 +211,6 @@ ignore: [{ source: x, reason: because }]
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="elements read are counted, however often each is read")
 def test_one_half_read_twice_is_not_the_whole() -> None:
     half = "{ from: x, as: heads, ops: [{ split: { axis: heads, parts: 2, take: 0 } }] }"
     text = f"tensors:\n  a: {half}\n  b: {half}\n"

@@ -666,23 +666,17 @@ def test_a_family_without_towers_cannot_be_multimodal() -> None:
     assert (found.code, found.help) == ("no-towers", "leave out --multimodal")
 
 
-# -- known faults --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="expand does not count `axes`: the verifier finds it")
 def test_logical_axes_are_as_many_as_the_arrays() -> None:
     found = refused("tensors: { a: { from: x, as: mlp embed, axes: «rows» } }\n", "op-mismatch")
     assert "2 axes" in found.message
 
 
-@pytest.mark.xfail(strict=True, reason="an error of a place ends the pass")
 def test_an_error_of_a_place_does_not_hide_those_of_rules() -> None:
     text = BLOCK.replace("source: l.{{ layer }}", "source: l.{{ lair }}").replace("mlp embed }", "mlp none }")
     found = problems("tensors: { t: { from: x, as: none } }\n" + text)
     assert [d.code for d in found] == ["unknown-dim", "invalid-template"]
 
 
-@pytest.mark.xfail(strict=True, reason="an absent tensor counts as bfloat16, which no dequantisation takes")
 def test_an_absent_quantised_tensor_is_reported_as_absent() -> None:
     text = "tensors: { a: { from: x, as: mlp, ops: [{ dequant_block_fp8: { scales: s, block: [1] } }] } }\n"
     assert {d.code for d in problems(text, {"y": ("float8_e4m3fn", (5,))})} == {"missing-tensor", "unconsumed-tensor"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from ckptc.diagnostics import InputError
 from ckptc.ops.nest import AxisMap, Factor, Part
+from ckptc.ops.types import OpError
 from ckptc.plan.check import MAX_LOOPS, MAX_PAIRS, check_plan
+from ckptc.plan.json import MAX_PARTS, dumps, loads
 from ckptc.plan.model import Array, Decode, Plan, Source, Tensor
 from golden import compile_case, known_cases
 from reference import GoldenCase
@@ -40,7 +43,7 @@ def coded(plan: Plan) -> Plan:
     axes = (AxisMap(0, (Factor(4, 1, 6),)), AxisMap(0, (Factor(6, 1, 1),)))
     ones = (1, 1)
     array = Array(("x",), (4, 6), "float32", (4, 6), (4, 6), ones, (), "rule", (), (source,), (Part(0, 0, 0, axes),))
-    return replace(plan, arrays=(array,), tensors=(Tensor("w", -1, 0, 24), Tensor("s", -1, 0, 16)))
+    return recounted(replace(plan, arrays=(array,), tensors=(Tensor("w", -1, 0, 24), Tensor("s", -1, 0, 16))))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,19 @@ def refusal(plan: Plan) -> str:
     return diagnostic.message.removeprefix("plan.json is not a plan that can be run: ")
 
 
+def recounted(plan: Plan) -> Plan:
+    """The plan with the totals of its arrays, so that what is wrong with one of them is met."""
+    try:
+        size, nbytes = sum(a.size for a in plan.arrays), sum(a.nbytes for a in plan.arrays)
+    except OpError:
+        return plan
+    return replace(plan, totals=replace(plan.totals, arrays=len(plan.arrays), parameters=size, write_bytes=nbytes))
+
+
 def with_array(plan: Plan, change: Callable[[Array], Array], number: int = 0) -> Plan:
     arrays = list(plan.arrays)
     arrays[number] = change(arrays[number])
-    return replace(plan, arrays=tuple(arrays))
+    return recounted(replace(plan, arrays=tuple(arrays)))
 
 
 def largest(plan: Plan) -> int:
@@ -148,7 +160,7 @@ def constants(*boxes: tuple[tuple[int, int], ...]) -> tuple[Part, ...]:
 def of_parts(plan: Plan, shape: tuple[int, ...], parts: tuple[Part, ...]) -> Plan:
     ones = (1,) * len(shape)
     array = Array(("params", "x"), shape, "float32", ones, shape, ones, (), "rule", (), (), parts)
-    return replace(plan, arrays=(array,), tensors=())
+    return recounted(replace(plan, arrays=(array,), tensors=()))
 
 
 @pytest.mark.parametrize(
@@ -193,12 +205,28 @@ def test_files_and_tensors_stay_inside_the_checkpoint(plan: Plan) -> None:
     assert "bytes, `" in refusal(replace(plan, tensors=(replace(first, end=first.end - 2), *rest)))
 
 
+def test_totals_are_those_of_the_arrays_and_numbers_have_a_bound(plan: Plan) -> None:
+    for name in ("arrays", "parameters", "write_bytes"):
+        wrong = replace(plan.totals, **{name: getattr(plan.totals, name) + 1})
+        assert "totals are not" in refusal(replace(plan, totals=wrong))
+    for name in ("read_bytes", "peak_memory_bytes", "tensors"):
+        assert "larger than it can be" in refusal(replace(plan, totals=replace(plan.totals, **{name: 10**39})))
+    assert "larger than it can be" in refusal(replace(plan, choices=replace(plan.choices, memory=10**39)))
+
+
+def test_more_parts_than_a_mapping_makes_are_refused_before_they_are_read(plan: Plan) -> None:
+    body = json.loads(dumps(plan))
+    body["arrays"][0]["parts"] *= MAX_PARTS + 1
+    with pytest.raises(InputError, match=f"more than {MAX_PARTS} parts"):
+        loads(json.dumps(body))
+
+
 def test_paths_are_sorted_and_none_lies_inside_another(plan: Plan) -> None:
     assert "in the order of their paths" in refusal(replace(plan, arrays=plan.arrays[::-1]))
-    assert "in the order of their paths" in refusal(replace(plan, arrays=(plan.arrays[0], *plan.arrays)))
+    assert "in the order of their paths" in refusal(recounted(replace(plan, arrays=(plan.arrays[0], *plan.arrays))))
     first = plan.arrays[0]
     inside = replace(first, path=(*first.path, "more"))
-    assert "holds others" in refusal(replace(plan, arrays=(first, inside, *plan.arrays[1:])))
+    assert "holds others" in refusal(recounted(replace(plan, arrays=(first, inside, *plan.arrays[1:]))))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +305,10 @@ EXPORTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     ),
     "batches of unlike arrays": (lambda p: with_outputs(p, batches=(tuple(range(len(p.arrays))),)), "are not alike"),
     "no chunks": (lambda p: with_outputs(p, chunks={}), "chunks of stored array"),
-    "a tensor twice": (lambda p: replace(p, arrays=p.arrays[:-1] + p.arrays[:1]), "two tensors have one name"),
+    "a tensor twice": (
+        lambda p: recounted(replace(p, arrays=p.arrays[:-1] + p.arrays[:1])),
+        "two tensors have one name",
+    ),
     "a dtype that safetensors has not": (lambda p: with_array(p, lambda a: replace(a, dtype="int4")), "has no int4"),
     "a constant": (
         lambda p: with_array(p, lambda a: replace(a, parts=tuple(replace(q, source=None) for q in a.parts))),
@@ -294,7 +325,6 @@ def test_an_export_that_contradicts_itself_is_refused(name: str, export: Plan) -
 
 def test_a_plan_is_checked_before_it_is_run(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ckptc.cli.main import run
-    from ckptc.plan.json import dumps
 
     (tmp_path / "plan.json").write_text(dumps(with_part(plan, base=10**9)), "utf-8")
     output = tmp_path / "out"

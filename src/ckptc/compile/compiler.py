@@ -126,5 +126,8 @@ def all_namings(
     def stored(name: str) -> str:
         return dtypes.get(name, default) if dtypes is not None else default
 
+    def present(name: str) -> bool:
+        return dtypes is not None and name in dtypes
+
     for naming, values in mapping.sources.items():
-        yield naming, verify(expand(mapping, options, dims, {**names, **values}, stored), "expand")
+        yield naming, verify(expand(mapping, options, dims, {**names, **values}, stored, present), "expand")

@@ -17,6 +17,7 @@ from ckptc.compile.scope import matches
 from ckptc.diagnostics import Diagnostic, Span, nearest
 from ckptc.ir.graph import Graph
 from ckptc.ir.source import SourceTensor
+from ckptc.ops.nest import Part
 
 SHOWN = 8  # names of unconsumed tensors that one error lists
 
@@ -47,18 +48,26 @@ class Consumption:
 def consumption(graph: Graph, folded: tuple[Folded, ...]) -> Consumption:
     """What the rules read."""
     out = Consumption()
+    walks: dict[str, set[object]] = {}  # what has been read of each tensor: the same elements count once
     for target, fold in zip(graph.targets, folded, strict=True):
         for number, leaf in enumerate(fold.leaves):
-            each = sum(p.size for p in fold.parts if p.source == number) // len(leaf.tensors)
+            parts = [(_walk(p), p.size // len(leaf.tensors)) for p in fold.parts if p.source == number]
             out.rules.setdefault(_shape(leaf.tensors[0]), leaf.span)
             for name in leaf.tensors:
-                out.elements[name] += each
+                known = walks.setdefault(name, set())
+                out.elements[name] += sum(size for walk, size in parts if walk not in known)
+                known.update(walk for walk, _ in parts)
                 out.size[name] = leaf.each.size
             if leaf.decoded:
                 out.scales.update(leaf.decoded.scales)
             if target.partial:
                 out.partial.update(leaf.tensors)
     return out
+
+
+def _walk(part: Part) -> object:
+    """Which elements of a tensor a part reads, whatever it makes of them: equal walks are the same elements."""
+    return part.base, frozenset((f.size, f.step) for a in part.axes for f in a.factors if not f.tensor and f.size > 1)
 
 
 def unique_targets(graph: Graph) -> list[Diagnostic]:

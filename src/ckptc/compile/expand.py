@@ -35,6 +35,7 @@ class _Expansion:
     scope: Scope
     options: Options
     stored: StoredDtype
+    present: Callable[[str], bool]
     targets: list[Target] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
 
@@ -52,12 +53,20 @@ class _Here:
     resized: tuple[str, ...] = ()  # dims to which the place's `let` gives another value
 
 
-def expand(mapping: Mapping, options: Options, dims: MappingOf[str, Any], names: Names, stored: StoredDtype) -> Graph:
-    """The graph of one model in one layout. `names` are the dims, `config`, and the source variant's values.
+def expand(
+    mapping: Mapping,
+    options: Options,
+    dims: MappingOf[str, Any],
+    names: Names,
+    stored: StoredDtype,
+    present: Callable[[str], bool] = lambda name: True,
+) -> Graph:
+    """The graph of one model in one layout. `names` are the dims, `config`, and the source variant's values; `present` says
+    whether the checkpoint has a tensor.
 
     Raises InputError with the problems of every rule.
     """
-    work = _Expansion(mapping, Scope(mapping.document, dims), options, stored)
+    work = _Expansion(mapping, Scope(mapping.document, dims), options, stored, present)
     top = _Here("", (), [names], [""], (), "")
     for rule in mapping.rules:
         _guarded(work, lambda rule=rule: _expand_rule(work, rule, top))  # type: ignore[misc]
@@ -65,7 +74,14 @@ def expand(mapping: Mapping, options: Options, dims: MappingOf[str, Any], names:
         if not work.scope.holds(block.when, names, block.where):
             continue
         for place in block.places[options.layout]:
-            for here in _places(work, block.name, block.source, place, names, block.where):
+            found: list[_Here] = []
+            _guarded(
+                work,
+                lambda block=block, place=place, found=found: found.extend(  # type: ignore[misc]
+                    _places(work, block.name, block.source, place, names, block.where)
+                ),
+            )
+            for here in found:
                 for rule in block.rules:
                     _guarded(work, lambda rule=rule, here=here: _expand_rule(work, rule, here))  # type: ignore[misc]
     ignored = []
@@ -153,6 +169,9 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
             )
             raise scope.error(rule.where, what, "too-large", help="check the sizes in config.json, and --set")
         axes = tuple(None if a == "_" else a for a in rule.axes.split()) if rule.axes else ()
+        if axes and len(axes) != len(node.type.axes):
+            what = f"{len(axes)} logical axes for an array of {len(node.type.axes)} axes: {node.type}"
+            raise scope.error((*rule.where, "axes"), what, "op-mismatch")
         label = f"{here.block}: {rule.target}" if here.block else rule.target
         work.targets.append(
             Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial, tuple(chain.steps))
@@ -322,8 +341,12 @@ class _Chain:
         return self._decoded_leaf(op, leaf, names, spec.where)
 
     def _decoded_leaf(self, op: Decode, leaf: Leaf, names: list[str], where: Path_) -> Leaf:
+        # A tensor that is not there has no dtype: one that fits is assumed, and the check says that it is missing.
+        stored = leaf.each if self.work.present(leaf.tensors[0]) else TensorType(leaf.each.axes, op.dtypes[0])
+        leaf = Leaf(leaf.tensors, leaf.grid, stored, leaf.span)
+        scale_dtype = self.work.stored(names[0]) if self.work.present(names[0]) else op.scale_dtypes[0]
         try:
-            scale = TensorType(tuple(Axis("", n) for n in op.scales_shape(leaf.each)), self.work.stored(names[0]))
+            scale = TensorType(tuple(Axis("", n) for n in op.scales_shape(leaf.each)), scale_dtype)
             each = op.infer([leaf.each, scale])
         except OpError as error:
             raise self._op_error(error, (leaf,), where) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -50,6 +51,8 @@ class Decode(Op):
     """An op on a source tensor and its tensor of scales. It has no index nest: the fold sees a source in it."""
 
     arity = 2
+    dtypes: ClassVar[tuple[str, ...]]  # that values may be stored in
+    scale_dtypes: ClassVar[tuple[str, ...]]
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         raise OpError(f"`{self.name}` decodes a source tensor as it is stored: it comes first")
@@ -66,16 +69,14 @@ class Decode(Op):
     def rows(self, stored: tuple[int, ...]) -> RowLayout:
         """The rows of what a tensor of this stored shape decodes to."""
 
-    def _check(
-        self, inputs: Sequence[TensorType], dtypes: tuple[str, ...], scale_dtypes: tuple[str, ...]
-    ) -> TensorType:
+    def _check(self, inputs: Sequence[TensorType]) -> TensorType:
         if len(inputs) != 2:
             raise OpError(f"`{self.name}` takes a tensor and its scales")
         values, scales = inputs
-        if values.dtype not in dtypes:
-            raise OpError(f"`{self.name}` decodes {' or '.join(dtypes)}, the tensor is {values.dtype}")
-        if scales.dtype not in scale_dtypes:
-            raise OpError(f"`{self.name}` takes scales in {' or '.join(scale_dtypes)}, they are {scales.dtype}")
+        if values.dtype not in self.dtypes:
+            raise OpError(f"`{self.name}` decodes {' or '.join(self.dtypes)}, the tensor is {values.dtype}")
+        if scales.dtype not in self.scale_dtypes:
+            raise OpError(f"`{self.name}` takes scales in {' or '.join(self.scale_dtypes)}, they are {scales.dtype}")
         expected = self.scales_shape(values)
         if scales.shape != expected:
             raise OpError(
@@ -95,6 +96,8 @@ class DequantBlockFp8(Decode):
 
     block: tuple[int, ...]
     name = "dequant_block_fp8"
+    dtypes = ("float8_e4m3fn", "float8_e5m2")
+    scale_dtypes = ("float32", "bfloat16", "float8_e8m0fnu")
 
     def scales_shape(self, values: TensorType) -> tuple[int, ...]:
         lead = len(values.shape) - len(self.block)
@@ -109,7 +112,7 @@ class DequantBlockFp8(Decode):
         return RowLayout(tuple(axes), tuple(blocks), length, length, group)
 
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
-        values = self._check(inputs, ("float8_e4m3fn", "float8_e5m2"), ("float32", "bfloat16", "float8_e8m0fnu"))
+        values = self._check(inputs)
         return TensorType(values.axes, "float32")
 
     def forward(self, arrays: Sequence[Array], inputs: Sequence[TensorType]) -> Array:
@@ -139,6 +142,8 @@ class DequantMxfp4(Decode):
 
     flat: bool = False  # whether the groups of a row are fused: [.., n/2] bytes with scales [.., n/32]
     name = "dequant_mxfp4"
+    dtypes = ("uint8", "int8")
+    scale_dtypes = ("uint8", "float8_e8m0fnu")
 
     def stored(self, values: TensorType) -> TensorType:
         if not self.flat:
@@ -164,7 +169,7 @@ class DequantMxfp4(Decode):
         return RowLayout(tuple(axes), (1,) * len(axes), groups * MX_GROUP, groups * packed, MX_GROUP)
 
     def infer(self, inputs: Sequence[TensorType]) -> TensorType:
-        values = self._check(inputs, ("uint8", "int8"), ("uint8", "float8_e8m0fnu"))
+        values = self._check(inputs)
         if self.flat:
             *lead, last = values.axes
             return TensorType((*lead, Axis(last.name, last.size * 2)), "float32")

@@ -56,6 +56,7 @@ def check_plan(plan: Plan, name: str) -> None:
 def _check(plan: Plan) -> None:
     if plan.made.kind != "export" and plan.outputs is not None:
         raise PlanError("it is no export and has outputs of one")
+    _check_numbers(plan)
     for file in plan.files:
         if file.name.startswith("/") or "\\" in file.name or any(p in ("", ".", "..") for p in file.name.split("/")):
             raise PlanError(f"`{file.name}` is not the name of a file inside a checkpoint")
@@ -91,6 +92,28 @@ def _check(plan: Plan) -> None:
         units += prod(-(-n // u) for n, u in zip(array.shape, array.unit, strict=True))
     if units > MAX_UNITS:
         raise PlanError(f"it has {units} units of work")
+
+
+def _check_numbers(plan: Plan) -> None:
+    """Totals are those of the arrays, where they follow from them; no number is past what a file can have."""
+    t, c = plan.totals, plan.choices
+    stated = (t.arrays, t.parameters, t.write_bytes)
+    found = (len(plan.arrays), sum(a.size for a in plan.arrays), sum(a.nbytes for a in plan.arrays))
+    if stated != found:
+        raise PlanError("its totals are not those of its arrays")
+    if (
+        max(
+            t.tensors,
+            t.read_bytes,
+            t.write_bytes,
+            t.peak_memory_bytes,
+            c.memory,
+            c.shards,
+            *(f.size for f in plan.files),
+        )
+        >= 1 << 63
+    ):
+        raise PlanError("a number is larger than it can be")
 
 
 def _kind(source: Source) -> tuple[object, ...]:

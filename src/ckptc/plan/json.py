@@ -36,6 +36,7 @@ from ckptc.plan.model import (
 from ckptc.spec.resources import schema
 
 MAX_BYTES = 1 << 30
+MAX_PARTS = 5_000  # of an array: stacks are loops, so that a few hundred are many
 
 
 def dumps(plan: Plan) -> str:
@@ -173,6 +174,8 @@ def _validate(body: dict[str, Any], name: str) -> None:
     lists: list[list[Any]] = []
     if isinstance(body["arrays"], list):
         # Arrays of different layers differ in their paths and tensors alone: each kind is validated once.
+        if any(isinstance(a, dict) and isinstance(p := a.get("parts"), list) and len(p) > MAX_PARTS for a in body["arrays"]):
+            raise fail("invalid-plan", f"{name} is not a plan: an array has more than {MAX_PARTS} parts")
         kinds = {_compact(short): short for short in (_without_lists(a, lists) for a in body["arrays"])}
         light["arrays"] = list(kinds.values())
     error = best_match(_validator().iter_errors(light))
@@ -213,7 +216,8 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
         short.append(source)
     parts = array.get("parts")
     if isinstance(parts, list):
-        array = {**array, "parts": [_without_base(p) for p in parts]}
+        # Those that only begin elsewhere count once, too.
+        array = {**array, "parts": list({_compact(p): p for p in map(_without_base, parts)}.values())}
     path = array.get("path")
     if isinstance(path, str) and all(path.split("/")):
         path = "checked"

@@ -143,6 +143,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.undefined(f"there is no `{argument}` in a value of type {type(obj).__name__}")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for value in (left, right):
+            if isinstance(value, Undefined):
+                value._fail_with_undefined_error()
         # String repetition, formatting and list products are ways to make something huge from something small.
         if operator in ("*", "%", "//") and not all(isinstance(v, int | float) for v in (left, right)):
             raise ExpressionError(f"`{operator}` takes two numbers")
