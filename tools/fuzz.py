@@ -377,6 +377,7 @@ def show(kind: str, seed: int, number: int) -> int:
         base.mkdir()
         preload()
         bound_memory()
+        make(kind, seed, number, base)  # and what inputs are made of, which takes its time
         faulthandler.dump_traceback_later(LIMIT, file=os.fdopen(os.dup(2), "w"))  # where a hang hangs
         outcome = attempt(kind, seed, number, base, Path(folder) / "box")
         os.chdir("/")

@@ -56,7 +56,6 @@ def check_plan(plan: Plan, name: str) -> None:
 def _check(plan: Plan) -> None:
     if plan.made.kind != "export" and plan.outputs is not None:
         raise PlanError("it is no export and has outputs of one")
-    _check_numbers(plan)
     for file in plan.files:
         if file.name.startswith("/") or "\\" in file.name or any(p in ("", ".", "..") for p in file.name.split("/")):
             raise PlanError(f"`{file.name}` is not the name of a file inside a checkpoint")
@@ -72,7 +71,12 @@ def _check(plan: Plan) -> None:
         from ckptc.plan.check_export import check_export  # which needs what is below
 
         check_export(plan)
-        return
+    else:
+        _check_import(plan)
+    _check_numbers(plan)
+
+
+def _check_import(plan: Plan) -> None:
     paths = [a.path for a in plan.arrays]
     if paths != sorted(set(paths)):
         raise PlanError("arrays are not in the order of their paths, each once")
