@@ -174,7 +174,9 @@ def _validate(body: dict[str, Any], name: str) -> None:
     lists: list[list[Any]] = []
     if isinstance(body["arrays"], list):
         # Arrays of different layers differ in their paths and tensors alone: each kind is validated once.
-        if any(isinstance(a, dict) and isinstance(p := a.get("parts"), list) and len(p) > MAX_PARTS for a in body["arrays"]):
+        if any(
+            isinstance(a, dict) and isinstance(p := a.get("parts"), list) and len(p) > MAX_PARTS for a in body["arrays"]
+        ):
             raise fail("invalid-plan", f"{name} is not a plan: an array has more than {MAX_PARTS} parts")
         kinds = {_compact(short): short for short in (_without_lists(a, lists) for a in body["arrays"])}
         light["arrays"] = list(kinds.values())
