@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 from ckptc.diagnostics import Diagnostic, InputError, Span, nearest
 from ckptc.ops import VOCABULARY
 from ckptc.spec.document import load, parse
-from ckptc.spec.resources import mapping_files, schema
+from ckptc.spec.resources import mapping_files, schema, target_file
 from ckptc.spec.schema import check
 
 HEAD = "family: f\ntarget: maxtext\ndims: {}\nmodels: { m: { repo: r } }\n"
@@ -57,6 +57,29 @@ def test_shipped_mappings_are_valid_and_name_the_schema(file: Any) -> None:
     assert file.read_text("utf-8").startswith("# yaml-language-server: $schema=../schema/mapping.schema.json\n")
 
 
+def test_the_shipped_target_is_valid_and_names_its_schema() -> None:
+    file = target_file("maxtext")
+    check(load(file), "target")
+    assert file.read_text("utf-8").startswith("# yaml-language-server: $schema=../../schema/target.schema.json\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arrays: { a: 'b  c' }", "`a` must be made of names, a space between them"),
+        ("stacks: { a: { axes: b } }", "`a` needs the key `at`"),
+        ("logical_axis_rules: [[a]]", "item 1 of `logical_axis_rules` needs at least 2 items"),
+        ("logical_axis_rule: []", "unknown key `logical_axis_rule`"),
+    ],
+)
+def test_a_target_is_checked_as_mappings_are(text: str, message: str) -> None:
+    whole = {"target": "t", "arrays": "{}", "stacks": "{}", "mesh_axes": "[m]", "logical_axis_rules": "[]"}
+    rest = "\n".join(f"{k}: {v}" for k, v in whole.items() if not text.startswith(f"{k}:"))
+    with pytest.raises(InputError) as caught:
+        check(parse(f"{rest}\n{text}\n", "t.yaml"), "target")
+    assert [d.message for d in caught.value.diagnostics] == [message]
+
+
 # -- the schema itself ---------------------------------------------------------------------------------------
 
 
@@ -71,7 +94,7 @@ def objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from objects(inner, f"{path}/{i}")
 
 
-@pytest.mark.parametrize("name", ["mapping", "plan"])
+@pytest.mark.parametrize("name", ["mapping", "plan", "target"])
 def test_the_schema_is_a_schema_and_lets_no_unknown_key_through(name: str) -> None:
     Draft7Validator.check_schema(schema(name))
     open_ = [path for path, value in objects(schema(name)) if value.get("additionalProperties", True) is True]

@@ -24,6 +24,7 @@ from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ops.dequant import MX_GROUP, DequantMxfp4
 from ckptc.plan import model as plan
 from ckptc.spec.mapping import Mapping, Model
+from ckptc.spec.target import TargetTree, target_tree
 
 Tensors = MappingOf[str, SourceTensor]
 
@@ -40,7 +41,8 @@ def assemble(
 ) -> plan.Plan:
     """The plan of a checked graph."""
     table = _Table(checkpoint, folded)
-    arrays = tuple(_array(t, f, options, table) for t, f in zip(graph.targets, folded, strict=True))
+    tree = target_tree(mapping.target)
+    arrays = tuple(_array(t, f, options, table, tree) for t, f in zip(graph.targets, folded, strict=True))
     return plan.Plan(
         made=plan.Made(
             ckptc=ckptc.__version__,
@@ -122,7 +124,7 @@ class _Table:
         self.position = {t.name: i for i, t in enumerate(self.rows)}
 
 
-def _array(target: Target, folded: Folded, options: Options, table: _Table) -> plan.Array:
+def _array(target: Target, folded: Folded, options: Options, table: _Table, tree: TargetTree) -> plan.Array:
     shape, dtype = target.type.shape, target.type.dtype
     shards = shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
@@ -142,7 +144,7 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table) -> p
         chunk,
         unit,
         shards,
-        target.axes,
+        target.axes or tree.axes(target.path[1:], len(shape)),
         target.rule,
         target.steps,
         sources,

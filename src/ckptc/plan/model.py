@@ -90,7 +90,7 @@ class Array:
     chunk: tuple[int, ...]  # storage chunk; the last along an axis may be cut short
     unit: tuple[int, ...]  # what is read and written at once: whole chunks, or up to the array's edge
     shards: tuple[int, ...]  # shards along each axis, for the sharding metadata
-    axes: tuple[str | None, ...]  # logical axis names, where the mapping gives them
+    axes: tuple[str | None, ...]  # logical axis names, where the mapping or the target gives them
     rule: str
     ops: tuple[str, ...]  # the rule's ops as text, for people
     sources: tuple[Source, ...]

@@ -21,8 +21,13 @@ def mapping_files() -> list[Path]:
     return sorted(_folder("mappings").glob("*.yaml"))
 
 
+def target_file(name: str) -> Path:
+    """The shipped file of a target tree."""
+    return _folder("mappings") / "targets" / f"{name}.yaml"
+
+
 @cache
 def schema(name: str) -> dict[str, Any]:
-    """A shipped JSON Schema: `mapping` or `plan`."""
+    """A shipped JSON Schema: `mapping`, `plan` or `target`."""
     loaded: dict[str, Any] = json.loads((_folder("schema") / f"{name}.schema.json").read_text(encoding="utf-8"))
     return loaded

@@ -1,4 +1,4 @@
-"""Mappings against `schema/mapping.schema.json`: every violation as a diagnostic at its place in the YAML."""
+"""Mappings against `schema/mapping.schema.json`, and targets against theirs: every violation as a diagnostic at its place in the YAML."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ _PATTERNS = {
     "^[a-z][a-z0-9_]*$": "lower case letters, digits and `_`, a letter first",
     "^[a-z0-9][a-z0-9_.-]*$": "lower case letters, digits, `_`, `.` and `-`, a letter or digit first",
     "^[A-Za-z0-9_]+$": "letters, digits and `_`",
+    "^[A-Za-z0-9_]+( [A-Za-z0-9_]+)*$": "names, a space between them",
 }
 _COMMA = "inside `{ … }` and `[ … ]` a comma ends a value: quote text that holds one"
 _SHOWN = 60  # characters of a value
 
 
-def check(document: Document) -> None:
-    """Raises InputError with every violation."""
+def check(document: Document, kind: str = "mapping") -> None:
+    """Raises InputError with every violation of the schema of that kind, `mapping` or `target`."""
     if not isinstance(document.data, dict):
         found = "nothing" if document.data is None else _kind(document.data)
         raise InputError(
@@ -46,7 +47,7 @@ def check(document: Document) -> None:
             ]
         )
     found_here: dict[Span | None, list[Diagnostic]] = defaultdict(list)
-    for error in Draft7Validator(schema("mapping")).iter_errors(document.data):
+    for error in Draft7Validator(schema(kind)).iter_errors(document.data):
         for diagnostic in _diagnose(error, document):
             found_here[diagnostic.span].append(diagnostic)
     if found_here:
