@@ -461,7 +461,7 @@ def test_a_disk_that_fills_up_at_another_moment_says_so(plan: Plan, what: str, t
 
 def test_ctrl_c_keeps_what_is_done(plan_file: Path, sums: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = there(plan_file, output, "--jobs", "2", patch=SLOW.replace("0.004", "0.05"))
+    process = there(plan_file, output, "--jobs", "2", patch=SLOW.replace("0.004", "0.5"))
     wait_for(lambda: done_units(output) or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to all of the group
     code, err = ended(process)
