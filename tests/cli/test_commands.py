@@ -336,13 +336,33 @@ def test_a_bug_exits_2_without_a_traceback(ckptc: Command, monkeypatch: pytest.M
     assert (done.code, "Traceback" in done.err) == (2, True)
 
 
-def test_a_refusal_of_the_system_is_not_called_a_bug(ckptc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(5, "Input/output error", "/mnt/a"), "system-refused", "Input/output error: '/mnt/a'"),
+        (MemoryError(), "out-of-memory", "the system has no more memory for this command"),
+    ],
+)
+def test_a_refusal_of_the_system_is_not_called_a_bug(
+    error: Exception, code: str, words: str, ckptc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def models(_: object) -> None:
-        raise OSError(5, "Input/output error", "/mnt/a")
+        raise error
 
     monkeypatch.setattr(commands, "models", models)
     done = ckptc("models")
-    assert (done.code, "Input/output error: '/mnt/a'" in done.err, "bug" in done.err) == (2, True, False)
+    assert (done.code, words in done.err, "bug" in done.err) == (1, True, False)
+    assert json.loads(ckptc("models", "--format", "json").err)[0]["code"] == code
+
+
+@pytest.mark.parametrize(
+    "argv", [(*CONVERT, "--output", ""), ("verify", ""), ("compile", "--model", "tiny", "--source", "")]
+)
+def test_an_empty_value_is_not_the_directory_one_is_in(argv: tuple[str, ...], ckptc: Command) -> None:
+    done = ckptc(*argv)
+    assert (done.code, done.out) == (2, "")
+    assert "expected a value, not an empty one" in done.err
+    assert os.listdir() == []
 
 
 def test_a_machine_without_memory_is_an_error_with_advice(

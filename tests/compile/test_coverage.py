@@ -113,6 +113,10 @@ def test_without_a_checkpoint_there_is_nothing_to_consume() -> None:
         ("a.b", ["a.b", "axb"], ["axb"]),  # a dot is a dot
         ("a[0-9]", ["a[0-9]", "a1"], ["a1"]),  # and nothing else is special
         ("*", ["y", "z"], []),
+        ("**", ["y", "z"], []),
+        ("a*a", ["aa", "aba", "a"], ["a"]),  # one letter is not two
+        ("*ab*ab", ["abab", "abxabab", "ab"], ["ab"]),
+        ("*" + "a*" * 100 + "b", ["a" * 3000, "a" * 3000 + "b"], ["a" * 3000]),  # not in time exponential in the stars
     ],
 )
 def test_ignore_patterns(pattern: str, names: list[str], rest: list[str]) -> None:

@@ -680,3 +680,11 @@ def test_an_error_of_a_place_does_not_hide_those_of_rules() -> None:
 def test_an_absent_quantised_tensor_is_reported_as_absent() -> None:
     text = "tensors: { a: { from: x, as: mlp, ops: [{ dequant_block_fp8: { scales: s, block: [1] } }] } }\n"
     assert {d.code for d in problems(text, {"y": ("float8_e4m3fn", (5,))})} == {"missing-tensor", "unconsumed-tensor"}
+
+
+def test_what_takes_long_at_each_of_many_points_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptc.compile.scope.SECONDS_MOST", 0.05)
+    slow = '"a/{{ i }}": { for: { i: range(99999) }, from: "x{{ min(range(99999)) }}", as: mlp }'
+    found = problems(f"tensors:\n  {slow}\n")
+    assert [d.code for d in found] == ["too-large"]
+    assert found[0].message == "going through loops and stacks takes more than 0.05 seconds"

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
 def read_plan(path: Path) -> tuple[Plan, bytes]:
     """A plan that can be run, and its text. Raises `unreadable-plan`, and what `loads` and `check_plan` raise."""
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(plan_json.MAX_BYTES + 1)
     except OSError as error:
         raise fail(
             "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o PLAN` writes plans"

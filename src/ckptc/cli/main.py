@@ -18,8 +18,9 @@ from typing import NoReturn
 
 import ckptc
 from ckptc.cli import arguments, explain, export, formats
-from ckptc.diagnostics import InputError
+from ckptc.diagnostics import InputError, fail
 
+WHERE = "CKPTC_TRACEBACK=1 shows where"
 DONE, INPUT_AT_FAULT, USAGE_OR_INTERNAL, INTERRUPTED = 0, 1, 2, 130
 
 EPILOG = """\
@@ -129,8 +130,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     form = "text"
     try:
         try:
-            args = parser().parse_args(argv)
+            top = parser()
+            args = top.parse_args(argv)
             form = args.format
+            for name, value in vars(args).items():
+                if (
+                    value == ""
+                ):  # a variable of the shell that is not set; as a path it would be the directory one is in
+                    top.error(f"argument {name.replace('_', '-')}: expected a value, not an empty one")
             from ckptc.cli import commands, verify
 
             handler: Callable[[argparse.Namespace], int | None] = {
@@ -148,9 +155,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends
         return code or DONE
     except InputError as error:
-        color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        print(formats.formatted(error.diagnostics, form, color), file=sys.stderr)
-        return INPUT_AT_FAULT
+        return _refused(error, form)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -161,10 +166,17 @@ def run(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("CKPTC_TRACEBACK"):
             traceback.print_exc()
-        if isinstance(error, OSError):  # a full disk, a lost mount
-            text = f"the system refused: {error}\nCKPTC_TRACEBACK=1 shows where."
-        else:
-            name = type(error).__name__
-            text = f"internal error: {name}: {error}\nThis is a bug in ckptc. CKPTC_TRACEBACK=1 shows where."
-        print(text, file=sys.stderr)
+        if isinstance(error, OSError):  # a name too long, a lost mount: where no stage has more to say of it
+            return _refused(fail("system-refused", f"the system refused: {error}", help=WHERE), form)
+        if isinstance(error, MemoryError):
+            help = "use less --memory, or fewer --jobs"
+            return _refused(fail("out-of-memory", "the system has no more memory for this command", help=help), form)
+        name = type(error).__name__
+        print(f"internal error: {name}: {error}\nThis is a bug in ckptc. {WHERE}.", file=sys.stderr)
         return USAGE_OR_INTERNAL
+
+
+def _refused(error: InputError, form: str) -> int:
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(formats.formatted(error.diagnostics, form, color), file=sys.stderr)
+    return INPUT_AT_FAULT

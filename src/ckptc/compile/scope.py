@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as MappingOf
 from functools import lru_cache
-from itertools import islice, product
+from itertools import product
 from math import prod
+from time import process_time
 from typing import Any
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean
@@ -21,6 +22,7 @@ from ckptc.spec.mapping import LoopOver, Value
 Names = dict[str, Any]
 
 POINTS_MOST = 150_000  # that loops and stacks may have in all: the largest models have some 70,000 tensors
+SECONDS_MOST = 10.0  # of a processor, to go through them: the largest models take 1
 
 
 def matches(name: str, *patterns: str) -> bool:
@@ -30,19 +32,40 @@ def matches(name: str, *patterns: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join("".join(".*" if c == "*" else re.escape(c) for c in p) for p in patterns), re.DOTALL)
+    return re.compile("|".join(map(_expression, patterns)), re.DOTALL)
+
+
+def _expression(pattern: str) -> str:
+    """A pattern as a regular expression. What stands between two stars is taken at the first place that has it, for good
+    (an atomic group): a later place would not help, and trying all of them takes time exponential in the stars.
+    """
+    first, *rest = map(re.escape, pattern.split("*"))
+    if not rest:
+        return first
+    *middle, last = rest
+    return first + "".join(f"(?>.*?{text})" for text in middle if text) + ".*" + last
+
+
+class _Budget:
+    """What an expansion may take: points of loops and stacks, and a processor's time. An expression is bounded, and so
+    are the points, but what each of very many points may compute is not bounded by enough.
+    """
+
+    def __init__(self) -> None:
+        self.points = POINTS_MOST
+        self.until = process_time() + SECONDS_MOST
 
 
 class Scope:
     """The mapping's document and the values of dims; raises InputError for what fails, at `where` in the YAML."""
 
-    def __init__(self, document: Document, dims: MappingOf[str, Any], points: Iterator[int] | None = None) -> None:
+    def __init__(self, document: Document, dims: MappingOf[str, Any], budget: _Budget | None = None) -> None:
         self.document, self.dims = document, dims
-        self._points = points or iter(range(POINTS_MOST))  # what is left of them
+        self._budget = budget or _Budget()
 
     def resized(self, dims: MappingOf[str, Any]) -> Scope:
         """The scope in which `dims` have other values."""
-        return Scope(self.document, {**self.dims, **dims}, self._points) if dims else self
+        return Scope(self.document, {**self.dims, **dims}, self._budget) if dims else self
 
     def span(self, where: Path_) -> Span:
         return self.document.span(where)
@@ -61,6 +84,7 @@ class Scope:
         """A number as it is, text as an expression."""
         if not isinstance(expression, str):
             return expression
+        self._check_time(where)
         try:
             return evaluate(expression, names)
         except ExpressionError as error:
@@ -70,6 +94,7 @@ class Scope:
         return condition is None or bool(self.value(condition, names, (*where, "when")))
 
     def text(self, template: str, names: Names, where: Path_) -> str:
+        self._check_time(where)
         try:
             return render(template, names)
         except ExpressionError as error:
@@ -113,12 +138,23 @@ class Scope:
 
     def _spend(self, points: int, where: Path_) -> None:
         """Raises `too-large` when loops and stacks have more points than a model has tensors."""
-        if points > POINTS_MOST or (points and next(islice(self._points, points - 1, None), None) is None):
+        if points > self._budget.points:
             raise self.error(
                 where,
                 f"loops and stacks have more than {POINTS_MOST} points",
                 "too-large",
                 help="check the numbers of layers and experts in config.json, and --set",
+            )
+        self._budget.points -= points
+
+    def _check_time(self, where: Path_) -> None:
+        if process_time() > self._budget.until:
+            raise self.error(
+                where,
+                f"going through loops and stacks takes more than {SECONDS_MOST:g} seconds",
+                "too-large",
+                help="check the numbers of layers and experts in config.json, and that expressions are not longer than "
+                "they need to be",
             )
 
     def pattern(self, text: str, where: Path_) -> Pattern:

@@ -35,7 +35,7 @@ from ckptc.plan.model import (
 )
 from ckptc.spec.resources import schema
 
-MAX_BYTES = 1 << 30
+MAX_BYTES = 100 << 20  # the largest plans have 6 MB
 MAX_PARTS = 5_000  # of an array: stacks are loops, so that a few hundred are many
 
 

@@ -139,9 +139,11 @@ def hub_sha256(directory: Path, name: str) -> str | None:
 def read_sums(path: Path) -> Mapping[str, str]:
     """Name -> SHA-256 in hex, of a file that `sha256sum` wrote; `--tag` and `*` for binary are understood."""
     try:
-        if path.stat().st_size > MAX_SUMS:
+        with path.open("rb") as file:
+            content = file.read(MAX_SUMS + 1)
+        if len(content) > MAX_SUMS:
             raise fail("invalid-sums", f"{path} is too large to be a list of sums")
-        text = path.read_text("utf-8")
+        text = content.decode("utf-8")
     except OSError as error:
         raise fail("unreadable-sums", f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

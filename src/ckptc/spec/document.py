@@ -94,11 +94,12 @@ def load(path: Path, name: str | None = None) -> Document:
     """Read and parse a mapping file. `name` is how diagnostics call it (default: the path as given)."""
     shown = name or str(path)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise fail("unreadable-mapping", f"cannot read {shown}: {error.strerror}") from None
     if len(raw) > MAX_BYTES:
-        raise fail("invalid-yaml", f"{shown} is larger than a mapping can be ({len(raw)} bytes, at most {MAX_BYTES})")
+        raise fail("invalid-yaml", f"{shown} is larger than a mapping can be (at most {MAX_BYTES} bytes)")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
