@@ -15,6 +15,7 @@ from ckptc.io.orbax_reader import open_saved
 from ckptc.io.original import open_original
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Exactness, Plan
+from ckptc.plan.outputs import Kind
 from ckptc.run.exporter import ExportReport, export
 from ckptc.run.runner import run
 from ckptc.spec import mapping as spec
@@ -49,15 +50,22 @@ def exported(plan: Plan, saved: Path, output: Path, case: GoldenCase) -> tuple[A
     return source_tensors(output), report
 
 
+def kinds(plan: Plan) -> dict[str, Kind]:
+    """What the plan says of each tensor, by name."""
+    assert plan.outputs is not None
+    return dict(plan.outputs.named())
+
+
 def broken_promises(plan: Plan, found: Arrays, original: Mapping[str, Any]) -> list[str]:
     """What is not as the plan says: names, shapes and dtypes of the original's tensors, values exact or within
     bounds.
     """
-    out = [f"{name} is missing" for name in sorted({a.name for a in plan.arrays} - found.keys())]
+    planned = kinds(plan)
+    out = [f"{name} is missing" for name in sorted(planned.keys() - found.keys())]
     out += [f"{name} is not the original's" for name in sorted(found.keys() - original.keys())]
-    for array in plan.arrays:
-        if array.name in found and array.name in original:
-            out += _broken(array.name, array.exactness or EXACT, found[array.name], original[array.name])
+    for name, kind in planned.items():
+        if name in found and name in original:
+            out += _broken(name, kind.exactness, found[name], original[name])
     return out
 
 

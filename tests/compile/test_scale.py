@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from ckptc.compile.compiler import compile_plan
+from ckptc.compile.export import compile_export
 from ckptc.compile.options import Options
+from ckptc.compile.reading import ExportOptions
+from ckptc.ir.saved import Saved, SavedArray
 from ckptc.ir.source import Checkpoint, SourceFile, SourceTensor
+from ckptc.plan.check import check_plan
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import find_model
@@ -103,6 +107,27 @@ def test_plan_loads_as_it_was(layout: str) -> None:
     text = dumps(compiled(layout, True))
     assert loads(text) == compiled(layout, True)
     assert len(text) < BYTES
+
+
+@functools.cache
+def exported(layout: str) -> Plan:
+    """The way back, from arrays as the way there stores them."""
+    arrays = tuple(SavedArray(a.path, a.shape, a.dtype, a.chunk) for a in compiled(layout, False).arrays)
+    saved = Saved((SourceFile("_METADATA", 1, f"sha256:{0:064x}"),), arrays, 0)
+    return compile_export(*find_model(MODEL), ExportOptions(), saved)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_has_a_row_for_each_tensor_and_all_else_once(layout: str) -> None:
+    plan = exported(layout)
+    assert plan.choices.layout == layout and plan.outputs is not None
+    assert {t.name for t in plan.outputs.tensors} == checkpoint().tensors.keys()
+    assert len(plan.outputs.kinds) < 30
+    assert plan.totals.read_bytes == plan.totals.write_bytes == 2 * plan.totals.parameters
+    text = dumps(plan)
+    assert len(text) < 4_000_000
+    assert loads(text) == plan
+    check_plan(plan, "plan.json")
 
 
 COMPILE = """

@@ -16,6 +16,7 @@ from ckptc.ops.types import OpError
 from ckptc.plan.check import MAX_LOOPS, MAX_PAIRS, check_plan
 from ckptc.plan.json import MAX_PARTS, dumps, loads
 from ckptc.plan.model import Array, Decode, Plan, Source, Tensor
+from ckptc.plan.outputs import Exported, Kind, Outputs
 from golden import compile_case, known_cases
 from reference import GoldenCase
 from roundtrip import converted, export_plan
@@ -278,21 +279,49 @@ def with_outputs(plan: Plan, **changes: Any) -> Plan:
     return replace(plan, outputs=replace(plan.outputs, **changes))
 
 
+def of(plan: Plan) -> Outputs:
+    assert plan.outputs is not None
+    return plan.outputs
+
+
+def with_kinds(plan: Plan, change: Callable[[Kind], Kind]) -> Plan:
+    return with_outputs(plan, kinds=tuple(map(change, of(plan).kinds)))
+
+
+def with_tensor(plan: Plan, *places: int, kind: int | None = None) -> Plan:
+    """The plan with other places of its first tensor."""
+    first, *others = of(plan).tensors
+    changed = Exported(first.name, first.kind if kind is None else kind, places or first.places)
+    return with_outputs(plan, tensors=(changed, *others))
+
+
+def first_array(plan: Plan) -> int:
+    return of(plan).tensors[0].arrays[0]
+
+
+def other_array(plan: Plan) -> int:
+    """A stored array of another size than the first tensor's."""
+    size = plan.tensors[first_array(plan)].end
+    return next(n for n, t in enumerate(plan.tensors) if t.end != size)
+
+
 EXPORTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     "no outputs": (lambda p: replace(p, outputs=None), "has no outputs"),
     "outputs of an import": (lambda p: replace(p, made=replace(p.made, kind="import")), "outputs of one"),
-    "a file that begins elsewhere": (
-        lambda p: with_outputs(
-            p, files=tuple(replace(f, begins=tuple(b + 8 for b in f.begins)) for f in p.outputs.files)
-        ),  # type: ignore[union-attr]
-        "does not begin at byte",
-    ),
-    "a file of another size": (
-        lambda p: with_outputs(p, files=tuple(replace(f, size=f.size + 1) for f in p.outputs.files)),  # type: ignore[union-attr]
+    "a header of another length": (
+        lambda p: with_outputs(p, files=tuple(replace(f, header=f.header + 8) for f in of(p).files)),
         "bytes, not",
     ),
+    "a file of another size": (
+        lambda p: with_outputs(p, files=tuple(replace(f, size=f.size + 1) for f in of(p).files)),
+        "bytes, not",
+    ),
+    "a file of fewer tensors": (
+        lambda p: with_outputs(p, files=tuple(replace(f, count=f.count - 1) for f in of(p).files)),
+        "do not hold every tensor",
+    ),
     "weights in place of the config": (
-        lambda p: with_outputs(p, files=tuple(replace(f, name="config.json") for f in p.outputs.files)),  # type: ignore[union-attr]
+        lambda p: with_outputs(p, files=tuple(replace(f, name="config.json") for f in of(p).files)),
         "cannot write a file `config.json`",
     ),
     "a companion that climbs": (
@@ -303,17 +332,32 @@ EXPORTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: with_outputs(p, companions=(replace(p.files[0], name="more.safetensors"),)),
         "it copies weights",
     ),
-    "batches of unlike arrays": (lambda p: with_outputs(p, batches=(tuple(range(len(p.arrays))),)), "are not alike"),
-    "no chunks": (lambda p: with_outputs(p, chunks={}), "chunks of stored array"),
+    "batches of unlike tensors": (
+        lambda p: with_outputs(p, batches=(tuple(range(len(of(p).tensors))),)),
+        "are not alike",
+    ),
+    "a tensor in two batches": (
+        lambda p: with_outputs(p, batches=(*of(p).batches, of(p).batches[0])),
+        "do not make every tensor once",
+    ),
+    "chunks of another rank": (
+        lambda p: with_kinds(p, lambda k: replace(k, sources=tuple(replace(s, chunk=()) for s in k.sources))),
+        "are not of an array",
+    ),
     "a tensor twice": (
-        lambda p: recounted(replace(p, arrays=p.arrays[:-1] + p.arrays[:1])),
+        lambda p: with_outputs(p, tensors=of(p).tensors[:-1] + of(p).tensors[:1]),
         "two tensors have one name",
     ),
-    "a dtype that safetensors has not": (lambda p: with_array(p, lambda a: replace(a, dtype="int4")), "has no int4"),
+    "a dtype that safetensors has not": (
+        lambda p: with_kinds(p, lambda k: replace(k, dtype="float8_e8m0fnu")),
+        "has no float8",
+    ),
     "a constant": (
-        lambda p: with_array(p, lambda a: replace(a, parts=tuple(replace(q, source=None) for q in a.parts))),
+        lambda p: with_kinds(p, lambda k: replace(k, parts=tuple(replace(q, source=None) for q in k.parts))),
         "has no source",
     ),
+    "a tensor past its array's end": (lambda p: with_tensor(p, first_array(p), 1 << 40), "reads element"),
+    "an array of another size": (lambda p: with_tensor(p, other_array(p), 0), "bytes, `"),
 }
 
 

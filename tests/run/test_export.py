@@ -25,7 +25,7 @@ from ckptc.run.exporter import Exporter, export
 from ckptc.spec import mapping as spec
 from golden import compile_case, evaluate, known_cases, source_tensors
 from reference import DATA, GoldenCase
-from roundtrip import EXACT, broken_promises, converted, export_plan, exported
+from roundtrip import EXACT, broken_promises, converted, export_plan, exported, kinds
 
 CASES = {case.name: case for case in known_cases()}
 BOTH = [(name, layout) for name, case in CASES.items() for layout in layouts(*spec.find_model(case.model))]
@@ -70,7 +70,7 @@ def plain(case: GoldenCase, plan: Plan) -> dict[str, Any]:
     """The original's tensors; those stored as codes as the numbers they stand for, in the dtype of the export."""
     tensors = dict(source_tensors(case.hf))
     scales = {n for n in tensors if n.endswith(("_scale_inv", ".scale", "_scales"))}
-    dtypes = {a.name: a.dtype for a in plan.arrays}
+    dtypes = {n: k.dtype for n, k in kinds(plan).items()}
     for name, values in list(tensors.items()):
         if values.dtype != ml_dtypes.float8_e4m3fn or dtypes.get(name) == "float8_e4m3fn":
             continue
@@ -91,16 +91,16 @@ def test_codes_that_a_checkpoint_holds_stay_codes_and_the_config_says_so(tmp_pat
     plan = export_plan(case, saved)
     config = json.loads((case.hf / "config.json").read_text("utf-8"))
     assert plan.outputs and plan.outputs.config["quantization_config"] == config["quantization_config"]
-    assert {a.name: a.dtype for a in plan.arrays}.items() >= {
+    assert {n: k.dtype for n, k in kinds(plan).items()}.items() >= {
         (n, "float8_e4m3fn") for n, a in source_tensors(case.hf).items() if a.dtype == ml_dtypes.float8_e4m3fn
     }
     sizes = {n: v for n, v in plan.choices.dims if isinstance(v, int | float)}
     alone = export_plan(case, saved, original=False, set=sizes)
-    assert {a.name: a.dtype for a in alone.arrays} == {a.name: a.dtype for a in plan.arrays}
+    assert {n: k.dtype for n, k in kinds(alone).items()} == {n: k.dtype for n, k in kinds(plan).items()}
     decoded = converted(case, tmp_path / "decoded", layout="unscanned", dtype="bfloat16")
     plan = export_plan(case, decoded)
     assert plan.outputs and "quantization_config" not in plan.outputs.config
-    assert {a.dtype for a in plan.arrays} <= {"bfloat16", "float32"}
+    assert {k.dtype for k in kinds(plan).values()} <= {"bfloat16", "float32"}
     found, _ = exported(plan, decoded, tmp_path / "hf", case)
     assert broken_promises(plan, found, plain(case, plan)) == []
 
@@ -110,7 +110,7 @@ def test_memory_changes_units_and_nothing_else(name: str, tmp_path: Path) -> Non
     case = CASES[name]
     saved = converted(case, tmp_path / "orbax", layout="scanned", memory=8 << 10)  # in small chunks
     usual, small = export_plan(case, saved), export_plan(case, saved, memory=24 << 10)
-    assert [a.unit for a in small.arrays] != [a.unit for a in usual.arrays]
+    assert [k.unit for k in kinds(small).values()] != [k.unit for k in kinds(usual).values()]
     assert small.totals.peak_memory_bytes <= 24 << 10
     found, _ = exported(usual, saved, tmp_path / "usual", case)
     again, _ = exported(small, saved, tmp_path / "small", case)
@@ -139,7 +139,7 @@ def test_maxtexts_own_checkpoint(tmp_path: Path) -> None:
     saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
     plan = export_plan(case, saved)
     found, _ = exported(plan, saved, tmp_path / "hf", case)
-    assert {a.exactness for a in plan.arrays} == {EXACT}
+    assert {k.exactness for k in kinds(plan).values()} == {EXACT}
     assert broken_promises(plan, found, source_tensors(case.hf)) == []
     assert found.keys() == source_tensors(case.hf).keys()
 
@@ -194,7 +194,7 @@ def test_a_train_state_in_float32(options: dict[str, bool], layout: str, tmp_pat
     assert plan.choices.layout == layout
     assert [x.pattern for x in plan.left_out if x.tensors] == ["opt_state/*"]
     found, _ = exported(plan, saved.parents[1], tmp_path / "hf", case)
-    assert {a.exactness for a in plan.arrays} == {EXACT}
+    assert {k.exactness for k in kinds(plan).values()} == {EXACT}
     assert broken_promises(plan, found, source_tensors(case.hf)) == []
 
 
@@ -203,7 +203,7 @@ def test_wide_storage_makes_scaled_tensors_exact(tmp_path: Path) -> None:
     case = CASES["gemma2"]
     saved = converted(case, tmp_path / "orbax", layout="scanned", dtype="float32")
     plan = export_plan(case, saved)
-    promises = {a.name: a.exactness for a in plan.arrays}
+    promises = {n: k.exactness for n, k in kinds(plan).items()}
     assert promises["model.embed_tokens.weight"] == promises["model.layers.0.self_attn.q_proj.weight"] == EXACT
     found, _ = exported(plan, saved, tmp_path / "hf", case)
     assert broken_promises(plan, found, source_tensors(case.hf)) == []
@@ -338,7 +338,7 @@ def test_without_the_original_names_and_config_are_the_mappings(tmp_path: Path) 
     sizes = {n: v for n, v in compile_case(case).choices.dims if isinstance(v, int | float) and n in mapping.dims}
     saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
     plan = export_plan(case, saved, original=False, set=sizes)
-    assert {a.name for a in plan.arrays} == source_tensors(case.hf).keys()
+    assert kinds(plan).keys() == source_tensors(case.hf).keys()
     export(plan, tmp_path / "hf", saved)
     written = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
     assert written["dtype"] == "bfloat16" and config

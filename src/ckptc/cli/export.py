@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,12 +185,11 @@ def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | No
             force=args.force,
         )
     if args.json:
-        exact = sum(1 for a in plan.arrays if _exact(a.exactness))
         record = {
             **asdict(report),
             "model": plan.made.model,
-            "tensors": len(plan.arrays),
-            "exact": exact,
+            "tensors": plan.totals.arrays,
+            "exact": _exact_count(plan),
             "plan": digest,
         }
         print(json.dumps(record))
@@ -198,7 +198,7 @@ def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | No
         print(f"warning: {warning}", file=sys.stderr)
     rate = report.write_bytes / max(report.seconds, 1e-9)
     print(
-        f"{plan.made.model}: {len(plan.arrays)} tensors, {render.size(report.write_bytes)} written to {report.output} "
+        f"{plan.made.model}: {plan.totals.arrays} tensors, {render.size(report.write_bytes)} written to {report.output} "
         f"in {report.seconds:.1f} s ({render.size(rate)}/s), {render.size(report.read_bytes)} decoded, "
         f"peak memory {render.size(report.peak_resident_bytes)}"
     )
@@ -238,9 +238,7 @@ def summary(plan: Plan) -> str:
             else "omits   what conversions ignore"
         )
         lines.append(f"{what}: `{x.pattern}`: {x.reason}")
-    for p in outputs.padding:
-        low, high = p.box[p.axis] if p.box else (0, 1)
-        lines.append(f"checks  {high - low} rows of padding of `{plan.tensors[p.tensor].name}`")
+    lines += [f"checks  {p.rows} rows of padding of `{plan.tensors[p.tensor].name}`" for p in outputs.padding]
     lines += [f"note    {note}" for note in outputs.notes]
     heading = ("RULE", "TENSORS", "BYTES", "FIRST", "EXACTNESS")
     rows = [
@@ -251,20 +249,24 @@ def summary(plan: Plan) -> str:
 
 
 def exact_line(plan: Plan) -> str:
-    exact = sum(1 for a in plan.arrays if _exact(a.exactness))
-    if exact == len(plan.arrays):
+    exact = _exact_count(plan)
+    if exact == plan.totals.arrays:
         return "every tensor that was not trained since it was converted comes back bit for bit"
-    count = f"{exact} of {len(plan.arrays)} tensors"
+    count = f"{exact} of {plan.totals.arrays} tensors"
     return f"{count} come back bit for bit, if they were not trained since; the others are rounded"
 
 
-def _exact(x: Exactness | None) -> bool:
-    return x is not None and x.above == 0
+def _exact_count(plan: Plan) -> int:
+    return sum(_exact(kind.exactness) for _, kind in plan.outputs.named()) if plan.outputs else 0
 
 
-def exactness(x: Exactness | None) -> str:
+def _exact(x: Exactness) -> bool:
+    return x.above == 0
+
+
+def exactness(x: Exactness) -> str:
     """In words: `exact`, `exact above 3.06e-05, else within 0.00391 relative + 5.99e-08 absolute`."""
-    if x is None or _exact(x):
+    if _exact(x):
         return "exact"
     bounds = [f"{x.relative:.3g} relative"] if x.relative else []
     bounds += [f"{x.absolute:.3g} absolute"] if x.absolute else []
@@ -274,22 +276,24 @@ def exactness(x: Exactness | None) -> str:
 
 def _rules(plan: Plan) -> list[dict[str, Any]]:
     out: dict[tuple[str, str], dict[str, Any]] = {}
-    for array in plan.arrays:
-        shown = exactness(array.exactness)
+    assert plan.outputs is not None
+    for kind, count in Counter(t.kind for t in plan.outputs.tensors).items():
+        k = plan.outputs.kinds[kind]
+        shown = exactness(k.exactness)
         record = out.setdefault(
-            (array.rule, shown),
+            (k.rule, shown),
             {
-                "rule": array.rule,
+                "rule": k.rule,
                 "tensors": 0,
-                "shape": list(array.shape),
-                "dtype": array.dtype,
-                "ops": list(array.ops),
+                "shape": list(k.shape),
+                "dtype": k.dtype,
+                "ops": list(k.ops),
                 "write_bytes": 0,
                 "exactness": shown,
             },
         )
-        record["tensors"] += 1
-        record["write_bytes"] += array.nbytes
+        record["tensors"] += count
+        record["write_bytes"] += k.nbytes * count
     return list(out.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from collections.abc import Mapping as MappingOf
 from typing import Any
 
@@ -10,6 +11,15 @@ from ckptc.spec.mapping import Mapping
 
 QUANTIZATION = ("quantization_config", "compression_config")
 DTYPE_KEYS = ("dtype", "torch_dtype")
+PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
+
+
+def stated_dtype(config: MappingOf[str, Any]) -> str:
+    """What the config says its tensors are, itself or in its section of the text model; else bfloat16."""
+    section = config.get("text_config")
+    places = (config, section) if isinstance(section, MappingOf) else (config,)
+    found = (str(place[key]) for place in places for key in reversed(DTYPE_KEYS) if place.get(key))
+    return next((dtype for dtype in found if dtype in PLAIN), "bfloat16")
 
 
 def adapt(
@@ -20,11 +30,13 @@ def adapt(
     dtype: str,
     whole: bool,
     codes: bool,
+    cast: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The config, and what was changed, for people.
 
     `cut`: dims of which tensors have less than the original: (was, is). `dtype`: of most tensors. `whole`: whether
     `config` is an original's; else it is the numbers that a mapping ships. `codes`: whether tensors are quantised.
+    `cast`: whether every floating tensor is of that dtype, whatever the original's was.
     """
     out, notes = _without(config, () if codes else QUANTIZATION)
     if notes:
@@ -38,18 +50,30 @@ def adapt(
             notes.append(f"config.json says {'.'.join(path)}={now}, the rows there are; the original had {was}")
         else:
             notes.append(f"the config must say that `{name}` is {now}, no longer {was}")
-    keys = [k for k in DTYPE_KEYS if isinstance(out.get(k), str)] or (DTYPE_KEYS[:1] if not whole else [])
-    if not any(isinstance(config.get(k), str) for k in DTYPE_KEYS) and whole:
-        keys = []
-    for key in keys:
-        if key in out and out[key] != dtype:
-            notes.append(f"config.json says {key}={dtype}; the original had {out[key]}")
-        out[key] = dtype
+    stated = stated_dtype(config)
+    for place, before in _set_dtype(out, dtype, lambda found: cast or found == stated):
+        notes.append(f"config.json says {place}={dtype}; the original had {before}")
+    if not whole and not any(key in out for key in DTYPE_KEYS):
+        out["dtype"] = dtype
     if not whole:
         notes.append(
             "config.json holds the model's numbers alone; `--config-from ORIGINAL` writes all of the original's"
         )
     return out, notes
+
+
+def _set_dtype(
+    config: dict[str, Any], dtype: str, wanted: Callable[[str], bool], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[str, str]]:
+    """Sets what the config and its sections say of the dtype of their tensors; yields where they said another, and
+    which.
+    """
+    for key, value in config.items():
+        if key in DTYPE_KEYS and value in PLAIN and value != dtype and wanted(value):
+            config[key] = dtype
+            yield ".".join((*prefix, key)), value
+        elif isinstance(value, dict) and key not in QUANTIZATION:
+            yield from _set_dtype(value, dtype, wanted, (*prefix, key))
 
 
 def _without(config: MappingOf[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:

@@ -8,29 +8,30 @@ The rules are those of a conversion, read the other way: what they say of the fo
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping as MappingOf
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import ckptc
 from ckptc.compile.assemble import sha256
-from ckptc.compile.config import adapt
+from ckptc.compile.config import adapt, stated_dtype
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
 from ckptc.compile.match import problems
-from ckptc.compile.reading import SCALES, ExportOptions, Reading, most, read
+from ckptc.compile.reading import SCALES, ExportOptions, Reading, read
 from ckptc.compile.rounding import exactness, invert_math, worst
-from ckptc.compile.units import Stored, schedule
+from ckptc.compile.units import schedule
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.saved import Original, Saved, SavedArray
-from ckptc.ops.nest import AxisMap, Part
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
-from ckptc.plan.outputs import Outputs, Padding, lay_out
+from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored, lay_out
+from ckptc.plan.regions import padding_bytes
 from ckptc.spec.mapping import Mapping, Model
 
 EIGHT_BITS = "float8"
-PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
 
 
 def compile_export(
@@ -62,46 +63,53 @@ class _Export:
         self.saved, self.original, self.config, self.read = saved, original, config, read
         self.targets = read.graph.targets
         self.stored = [read.matched.arrays[t.path] for t in self.targets]
+        self.alike = [Stored(a.shape, a.dtype, a.chunk) for a in self.stored]
         self.cut: dict[str, tuple[int, int]] = {}
         self.problems: list[Diagnostic] = []
-        self.decoded: dict[str, int] = {}
+        self.decoded: Counter[str] = Counter()
         self.codes: set[str] = set()  # tensors of codes, and their scales, that the checkpoint itself holds
+        self.kinds: dict[Kind, int] = {}
+        self.known: dict[object, tuple[int, tuple[tuple[int, int, int], ...]]] = {}  # kind and places, by pieces
 
     def records(self) -> plan.Plan:
         tensors, constants = invert(self.read.graph, fold(self.read.graph))
         for name in (n for n in tensors if f"{n}{SCALES}" in tensors):
             if self.stored[tensors[name].pieces[0].template.target].dtype.startswith(EIGHT_BITS):
                 self.codes |= {name, f"{name}{SCALES}"}
-        arrays, twins = [], []
+        exported, twins = [], []
         for name in sorted(tensors, key=_naturally):
-            arrays.append(self._tensor(tensors[name]))
-            twins += [self._twin(tensors[name], arrays[-1], piece) for piece in tensors[name].twins]
+            tensor, dtype = tensors[name], self._dtype(tensors[name])
+            exported.append(self._exported(tensor, tensor.pieces, dtype))
+            twins += [self._exported(tensor, [piece], dtype, self._shape(tensor)) for piece in tensor.twins]
         if self.problems:
             raise InputError(dict.fromkeys(self.problems))
-        ordered, files = lay_out(arrays, self.options.max_shard)
-        chunks = [Stored(a.shape, a.dtype, a.chunk) for a in self.stored]
-        done = schedule(ordered, chunks, self.options.memory)
-        compared = schedule(twins, chunks, self.options.memory) if twins else None
+        kinds = tuple(self.kinds)
+        ordered, files = lay_out(exported, kinds, self.options.max_shard)
+        done = schedule(kinds, ordered, self.options.memory)
+        compared = schedule(kinds, twins, self.options.memory)
+        made = tuple(dict.fromkeys((*done.kinds, *compared.kinds)))
         padding = tuple(self._padding(c) for c in constants)
-        padded = sum(self._padding_bytes(p) for p in padding)
         rows = tuple(plan.Tensor(a.name, 0, 0, a.nbytes) for a in self.stored)
-        config, notes = self._config(ordered, bool(twins))
+        counts = Counter(made[t.kind] for t in done.tensors)
+        config, notes = self._config(counts, bool(twins))
         return plan.Plan(
             made=self._made(),
-            choices=self._choices(ordered),
+            choices=self._choices(counts),
             files=tuple(plan.File(f.name, f.size, f.header_digest) for f in self.saved.files),
             tensors=rows,
-            arrays=done.arrays,
+            arrays=(),
             left_out=self._left_out(),
             totals=plan.Totals(
                 arrays=len(ordered),
                 tensors=len(rows),
-                parameters=sum(a.size for a in ordered),
-                read_bytes=done.read_bytes + (compared.read_bytes if compared else 0) + padded,
-                write_bytes=sum(a.nbytes for a in ordered),
-                peak_memory_bytes=max(done.peak, compared.peak if compared else 0),
+                parameters=sum(k.size * n for k, n in counts.items()),
+                read_bytes=done.read_bytes + compared.read_bytes + sum(map(padding_bytes, padding)),
+                write_bytes=sum(k.nbytes * n for k, n in counts.items()),
+                peak_memory_bytes=max(done.peak, compared.peak),
             ),
             outputs=Outputs(
+                kinds=made,
+                tensors=done.tensors,
                 files=files,
                 batches=done.batches,
                 config=config,
@@ -110,8 +118,7 @@ class _Export:
                     for f in (self.original.companions if self.original else ())
                 ),
                 padding=padding,
-                twins=compared.arrays if compared else (),
-                chunks={n: a.chunk for n, a in enumerate(self.stored)},
+                twins=tuple(t._replace(kind=made.index(compared.kinds[t.kind])) for t in compared.tensors),
                 notes=tuple(notes),
             ),
         )
@@ -128,10 +135,10 @@ class _Export:
             kind="export",
         )
 
-    def _choices(self, arrays: tuple[plan.Array, ...]) -> plan.Choices:
+    def _choices(self, counts: MappingOf[Kind, int]) -> plan.Choices:
         return plan.Choices(
             layout=self.read.layout,
-            dtype=most(arrays),
+            dtype=_most(counts),
             multimodal=self.options.multimodal,
             shards=1,
             memory=self.options.memory,
@@ -143,10 +150,9 @@ class _Export:
         """What a tensor is written as."""
         leaf, stored = tensor.leaf, self.stored[tensor.pieces[0].template.target].dtype
         known = self.original.dtypes.get(tensor.name) if self.original and self.original.dtypes else None
-        default = str(self.config.get("torch_dtype") or self.config.get("dtype") or "bfloat16")
-        default = default if default in PLAIN else "bfloat16"
+        default = stated_dtype(self.config)
         if leaf.decoded:
-            self.decoded[leaf.decoded.stored.dtype] = self.decoded.get(leaf.decoded.stored.dtype, 0) + 1
+            self.decoded[leaf.decoded.stored.dtype] += 1
             return self.options.dtype or default
         if known is not None and not is_float(known):
             return known
@@ -154,48 +160,58 @@ class _Export:
             return stored
         return self.options.dtype or known or default
 
-    def _tensor(self, tensor: Inverted) -> plan.Array:
-        dtype = self._dtype(tensor)
-        shape = self._shape(tensor)
-        sources, parts = self._parts(tensor.pieces, dtype)
-        targets = {p.template.target: None for p in tensor.pieces}
-        first = self.targets[next(iter(targets))]
-        exact = worst(
-            exactness(p.template.math, self.stored[p.template.target].dtype, dtype) for p in _once(tensor.pieces)
-        )
-        return plan.Array(
-            path=tuple(tensor.name.split("/")),
-            shape=shape,
-            dtype=dtype,
-            chunk=shape,
-            unit=shape,
-            shards=(1,) * len(shape),
-            axes=(None,) * len(shape),
-            rule=" + ".join(dict.fromkeys(self.targets[t].rule for t in targets)),
-            ops=tuple(f"undo {step}" for step in reversed(first.steps)),
-            sources=sources,
-            parts=parts,
-            exactness=exact,
-        )
+    def _exported(
+        self, tensor: Inverted, pieces: list[Piece], dtype: str, shape: tuple[int, ...] | None = None
+    ) -> Exported:
+        """A tensor made of these pieces; of `shape`, if they are not all of it. Those of other layers are of one kind
+        with it, and are found to be without looking at their parts again.
+        """
+        first = pieces[0].offset
+        key = (dtype, shape, tensor.leaf.each.shape, *((id(p.template), p.offset - first) for p in pieces))
+        if key not in self.known:
+            self.known[key] = self._kind(pieces, dtype, shape or self._shape(tensor))
+        kind, places = self.known[key]
+        flat = [n for target, piece, begin in places for n in (target, pieces[piece].offset + begin)]
+        return Exported(tensor.name, kind, tuple(flat))
 
-    def _twin(self, tensor: Inverted, array: plan.Array, piece: Piece) -> plan.Array:
-        sources, parts = self._parts([piece], array.dtype)
-        return replace(array, sources=sources, parts=parts, rule=self.targets[piece.template.target].rule)
-
-    def _parts(self, pieces: list[Piece], dtype: str) -> tuple[tuple[plan.Source, ...], tuple[Part, ...]]:
-        positions = list(dict.fromkeys(p.template.target for p in pieces))
-        sources = tuple(plan.Source(self.stored[n].dtype, self.stored[n].shape, (n,)) for n in positions)
+    def _kind(
+        self, pieces: list[Piece], dtype: str, shape: tuple[int, ...]
+    ) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+        """The position of the kind, and for each of its sources the target, one of the pieces that lie there, and
+        where the tensor begins, counted from where that piece does.
+        """
+        targets = list(dict.fromkeys(p.template.target for p in pieces))
+        begins = [
+            min(part.base + p.offset for p in pieces if p.template.target == t for part in p.template.parts)
+            for t in targets
+        ]
         parts = tuple(
             replace(
                 part,
-                source=positions.index(piece.template.target),
-                base=part.base + piece.offset,
+                source=(n := targets.index(piece.template.target)),
+                base=part.base + piece.offset - begins[n],
                 math=invert_math(piece.template.math, dtype),
             )
             for piece in pieces
             for part in piece.template.parts
         )
-        return sources, parts
+        found = Kind(
+            shape=shape,
+            dtype=dtype,
+            unit=shape,
+            rule=" + ".join(dict.fromkeys(self.targets[t].rule for t in targets)),
+            ops=tuple(f"undo {step}" for step in reversed(self.targets[targets[0]].steps)),
+            sources=tuple(self.alike[t] for t in targets),
+            parts=parts,
+            exactness=worst(
+                exactness(p.template.math, self.stored[p.template.target].dtype, dtype) for p in _once(pieces)
+            ),
+        )
+        lying = [next(n for n, p in enumerate(pieces) if p.template.target == t) for t in targets]
+        places = tuple(
+            (t, n, begins[k] - pieces[n].offset) for k, (t, n) in enumerate(zip(targets, lying, strict=True))
+        )
+        return self.kinds.setdefault(found, len(self.kinds)), places
 
     def _shape(self, tensor: Inverted) -> tuple[int, ...]:
         """The tensor's own shape, or the rows there are where some are nowhere."""
@@ -205,10 +221,7 @@ class _Export:
             return each.shape
         parts = [part for p in tensor.pieces for part in p.template.parts]
         extents = tuple(max(part.axes[a].stop for part in parts) for a in range(len(each.axes)))
-        size = 1
-        for n in extents:
-            size *= n
-        if not tensor.partial or size != covered:
+        if not tensor.partial or prod(extents) != covered:
             self.problems.append(
                 Diagnostic(
                     "partly-covered-tensor",
@@ -225,21 +238,12 @@ class _Export:
         return extents
 
     def _padding(self, constant: Constant) -> Padding:
-        stored = self.stored[constant.target]
-        box = tuple((a.start, a.stop) for a in constant.part.axes)
-        assert all(_contiguous(a) for a in constant.part.axes), "a constant is a box"
-        partly = [n for n, ((low, high), size) in enumerate(zip(box, stored.shape, strict=True)) if high - low < size]
+        axes, stored = constant.part.axes, self.alike[constant.target]
+        partly = [n for n, (axis, size) in enumerate(zip(axes, stored.shape, strict=True)) if axis.size < size]
         value = constant.part.value
         for step, operand in constant.part.math:
             value = value * float(operand) if step == "scale" else value + float(operand) if step == "add" else value
-        return Padding(constant.target, stored.shape, stored.dtype, box, partly[0] if partly else 0, value)
-
-    def _padding_bytes(self, padding: Padding) -> int:
-        chunk = self.stored[padding.tensor].chunk
-        out = self.stored[padding.tensor].nbytes
-        for (low, high), c, n in zip(padding.box, chunk, padding.shape, strict=True):
-            out = out // n * (min(-(-high // c) * c, n) - low // c * c)
-        return out
+        return Padding(constant.target, stored, axes, partly[0] if partly else 0, value)
 
     def _left_out(self) -> tuple[plan.LeftOut, ...]:
         out = []
@@ -254,7 +258,7 @@ class _Export:
         out += [plan.LeftOut(i.shown, i.reason, 0, 0) for i in self.read.graph.ignored]
         return tuple(out)
 
-    def _config(self, arrays: tuple[plan.Array, ...], twins: bool) -> tuple[dict[str, Any], list[str]]:
+    def _config(self, counts: MappingOf[Kind, int], twins: bool) -> tuple[dict[str, Any], list[str]]:
         notes = []
         if self.saved.place:
             notes.append(f"reads {self.saved.place}")
@@ -269,8 +273,17 @@ class _Export:
         whole = bool(self.original and self.original.config)
         if self.codes:
             notes.append(f"{len(self.codes)} tensors are codes and their scales, as the checkpoint holds them")
-        dtype = most([a for a in arrays if is_float(a.dtype) and not a.dtype.startswith(EIGHT_BITS)])
-        config, changed = adapt(self.config, self.mapping, self.read.dims, self.cut, dtype, whole, bool(self.codes))
+        dtype = _most({k: n for k, n in counts.items() if is_float(k.dtype) and not k.dtype.startswith(EIGHT_BITS)})
+        config, changed = adapt(
+            self.config,
+            self.mapping,
+            self.read.dims,
+            self.cut,
+            dtype,
+            whole,
+            bool(self.codes),
+            bool(self.options.dtype),
+        )
         for name, (was, now) in self.cut.items():
             reasons = {t.partial for t in self.targets if t.partial}
             notes.append(
@@ -283,8 +296,12 @@ def _once(pieces: list[Piece]) -> list[Piece]:
     return list({id(p.template): p for p in pieces}.values())
 
 
-def _contiguous(axis: AxisMap) -> bool:
-    return axis.size == axis.stop - axis.start
+def _most(counts: MappingOf[Kind, int]) -> str:
+    """The dtype of most bytes; bfloat16 of none."""
+    found: Counter[str] = Counter()
+    for kind, count in counts.items():
+        found[kind.dtype] += kind.nbytes * count
+    return max(found, key=lambda dtype: found[dtype], default="bfloat16")
 
 
 def _shown(arrays: list[SavedArray]) -> str:

@@ -20,7 +20,6 @@ from ckptc.compile.options import MIB, Options
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.saved import Original, Saved, SavedArray
-from ckptc.plan import model as plan
 from ckptc.spec.mapping import LAYOUTS, Mapping, Model, Value
 
 GB = 10**9
@@ -152,7 +151,7 @@ def _paddings(mapping: Mapping, read: Reading) -> dict[str, int]:
     return out
 
 
-def most(arrays: Sequence[plan.Array] | Sequence[SavedArray]) -> str:
+def most(arrays: Sequence[SavedArray]) -> str:
     """The dtype of most bytes; bfloat16 of none."""
     count: dict[str, int] = {}
     for array in arrays:

@@ -102,7 +102,8 @@ def _check_numbers(plan: Plan) -> None:
     """Totals are those of the arrays, where they follow from them; no number is past what a file can have."""
     t, c = plan.totals, plan.choices
     stated = (t.arrays, t.parameters, t.write_bytes)
-    found = (len(plan.arrays), sum(a.size for a in plan.arrays), sum(a.nbytes for a in plan.arrays))
+    made = [kind for _, kind in plan.outputs.named()] if plan.outputs else plan.arrays
+    found = (len(made), sum(a.size for a in made), sum(a.nbytes for a in made))
     if stated != found:
         raise PlanError("its totals are not those of its arrays")
     if (

@@ -18,13 +18,12 @@ from jsonschema.validators import extend
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.ops.nest import AxisMap, Factor, Part
-from ckptc.plan.export_json import decode_outputs, encode_exactness, encode_outputs, without_lists
+from ckptc.plan.export_json import decode_outputs, distinct, encode_outputs, invalid_row, without_rows
 from ckptc.plan.model import (
     FORMAT,
     Array,
     Choices,
     Decode,
-    Exactness,
     File,
     LeftOut,
     Made,
@@ -43,14 +42,23 @@ def dumps(plan: Plan) -> str:
     """The plan's JSON text, with its digest."""
     body = encode(plan)
     body["digest"] = digest(body)
+    outputs = body.pop("outputs", None)
+    lines = _lines(body, " ")
+    if outputs is not None:
+        lines.append(' "outputs": {\n' + ",\n".join(_lines(outputs, "  ")) + "\n }")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _lines(body: dict[str, Any], indent: str) -> list[str]:
+    """A line a value; of a list, a line an item."""
     lines = []
     for key, value in body.items():
         if isinstance(value, list) and value:
-            rows = ",\n".join("  " + _compact(row) for row in value)
-            lines.append(f' "{key}": [\n{rows}\n ]')
+            rows = f",\n{indent} ".join(map(_compact, value))
+            lines.append(f'{indent}"{key}": [\n{indent} {rows}\n{indent}]')
         else:
-            lines.append(f' "{key}": {_compact(value)}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+            lines.append(f'{indent}"{key}": {_compact(value)}')
+    return lines
 
 
 def _compact(value: Any) -> str:
@@ -79,7 +87,7 @@ def encode(plan: Plan) -> dict[str, Any]:
         "arrays": [_array(x) for x in plan.arrays],
         # A row a tensor: name, file, begin, end. There are tens of thousands.
         "tensors": [[t.name, t.file, t.begin, t.end] for t in plan.tensors],
-        **({"outputs": encode_outputs(plan.outputs, _array)} if plan.outputs else {}),
+        **({"outputs": encode_outputs(plan.outputs, _part)} if plan.outputs else {}),
     }
 
 
@@ -96,10 +104,6 @@ def _array(array: Array) -> dict[str, Any]:
         for s in array.sources
     ]
     record["parts"] = [_part(p) for p in array.parts]
-    if array.exactness is None:
-        del record["exactness"]
-    else:
-        record["exactness"] = encode_exactness(array.exactness)
     return record
 
 
@@ -170,13 +174,14 @@ def _validate(body: dict[str, Any], name: str) -> None:
     rows = body.get("tensors")
     light = {**body, "tensors": rows[:1] if isinstance(rows, list) else rows}
     if isinstance(body.get("outputs"), dict):
-        light["outputs"] = without_lists(body["outputs"])
+        kinds = body["outputs"].get("kinds")
+        if isinstance(kinds, list) and any(map(_crowded, kinds)):
+            raise fail("invalid-plan", f"{name} is not a plan: a kind of tensors has more than {MAX_PARTS} parts")
+        light["outputs"] = without_rows(body["outputs"])
     lists: list[list[Any]] = []
     if isinstance(body["arrays"], list):
         # Arrays of different layers differ in their paths and tensors alone: each kind is validated once.
-        if any(
-            isinstance(a, dict) and isinstance(p := a.get("parts"), list) and len(p) > MAX_PARTS for a in body["arrays"]
-        ):
+        if any(map(_crowded, body["arrays"])):
             raise fail("invalid-plan", f"{name} is not a plan: an array has more than {MAX_PARTS} parts")
         kinds = {_compact(short): short for short in (_without_lists(a, lists) for a in body["arrays"])}
         light["arrays"] = list(kinds.values())
@@ -198,9 +203,15 @@ def _validate(body: dict[str, Any], name: str) -> None:
                 f"{name} is not a plan: a row of `tensors` is not [name, file, begin, end]: {str(row)[:120]}",
             )
     count = len(rows or [])
+    if "outputs" in body and (wrong := invalid_row(body["outputs"], count)):
+        raise fail("invalid-plan", f"{name} is not a plan: {wrong}")
     for numbers in lists:
         if not all(type(x) is int and 0 <= x < count for x in numbers):
             raise fail("invalid-plan", f"{name} is not a plan: a list of tensors names one that is not there")
+
+
+def _crowded(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(parts := record.get("parts"), list) and len(parts) > MAX_PARTS
 
 
 def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
@@ -218,19 +229,11 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
         short.append(source)
     parts = array.get("parts")
     if isinstance(parts, list):
-        # Those that only begin elsewhere count once, too.
-        array = {**array, "parts": list({_compact(p): p for p in map(_without_base, parts)}.values())}
+        array = {**array, "parts": distinct(parts)}
     path = array.get("path")
     if isinstance(path, str) and all(path.split("/")):
         path = "checked"
     return {**array, "path": path, "sources": short}
-
-
-def _without_base(part: Any) -> Any:
-    """Tensors of a stack differ in where they begin."""
-    return (
-        {**part, "base": 0} if isinstance(part, dict) and type(part.get("base")) is int and part["base"] > 0 else part
-    )
 
 
 @cache
@@ -252,7 +255,7 @@ def decode(body: dict[str, Any]) -> Plan:
             arrays=tuple(_decode_array(a) for a in body["arrays"]),
             left_out=tuple(LeftOut(**x) for x in body["left_out"]),
             totals=Totals(**body["totals"]),
-            outputs=decode_outputs(body["outputs"], _decode_array, len(body["arrays"])) if "outputs" in body else None,
+            outputs=decode_outputs(body["outputs"], _decode_part) if "outputs" in body else None,
         )
     except (TypeError, KeyError, ValueError) as error:
         raise fail("invalid-plan", f"not a plan: {error}") from None
@@ -264,7 +267,6 @@ def _decode_array(a: dict[str, Any]) -> Array:
         path=tuple(a["path"].split("/")), shape=tuple(a["shape"]), dtype=a["dtype"], chunk=tuple(a["chunk"]), unit=tuple(a["unit"]),
         shards=tuple(a["shards"]), axes=tuple(a["axes"]), rule=a["rule"], ops=tuple(a["ops"]),
         sources=tuple(_decode_source(s) for s in a["sources"]), parts=tuple(_decode_part(p) for p in a["parts"]),
-        exactness=Exactness(*a["exactness"]) if "exactness" in a else None,
     )  # fmt: skip
 
 

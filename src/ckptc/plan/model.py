@@ -95,7 +95,6 @@ class Array:
     ops: tuple[str, ...]  # the rule's ops as text, for people
     sources: tuple[Source, ...]
     parts: tuple[Part, ...]  # cover the array once; `Part.source` is a position in `sources`
-    exactness: Exactness | None = None  # of an exported tensor
 
     @property
     def name(self) -> str:
@@ -112,9 +111,13 @@ class Array:
 
     def units(self) -> Iterator[Box]:
         """The units' boxes, row-major."""
-        ranges = (range(0, n, u) for n, u in zip(self.shape, self.unit, strict=True))
-        for corner in product(*ranges):
-            yield tuple((c, min(c + u, n)) for c, u, n in zip(corner, self.unit, self.shape, strict=True))
+        return boxes(self.shape, self.unit)
+
+
+def boxes(shape: tuple[int, ...], unit: tuple[int, ...]) -> Iterator[Box]:
+    """Boxes of the shape `unit`, or up to the edge, that cover `shape`: row-major."""
+    for corner in product(*(range(0, n, u) for n, u in zip(shape, unit, strict=True))):
+        yield tuple((c, min(c + u, n)) for c, u, n in zip(corner, unit, shape, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,7 @@ class Plan:
     choices: Choices
     files: tuple[File, ...]
     tensors: tuple[Tensor, ...]
-    arrays: tuple[Array, ...]  # in the order of their paths
+    arrays: tuple[Array, ...]  # in the order of their paths; none of an export, which has `outputs`
     left_out: tuple[LeftOut, ...]
     totals: Totals
     outputs: Outputs | None = None  # of an export

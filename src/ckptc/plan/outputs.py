@@ -1,4 +1,9 @@
-"""What an export writes: safetensors files laid out byte by byte before anything is read, and what goes beside them.
+"""What an export writes: tensors by kinds, safetensors files laid out byte by byte before anything is read, and what goes
+beside them.
+
+Tensors of different layers and experts differ in their names, in which stored arrays hold them, and where in those they
+begin. All else is said once, of their kind: so a plan of tens of thousands of tensors is a table with a short row for
+each.
 
 A file is `u64 N` (little-endian), `N` bytes of JSON, the tensors' bytes. The JSON is padded with spaces to a multiple
 of eight, so that tensors begin aligned. Format: the section "Format" of the README at
@@ -8,12 +13,14 @@ https://github.com/huggingface/safetensors; names and index as `save_pretrained`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
 
+from ckptc.ops.nest import AxisMap, Part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array, Box, File
+from ckptc.plan.model import Box, Exactness, File, boxes
 
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
@@ -39,13 +46,71 @@ DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """What is alike of the stored arrays that a kind of tensors reads."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]  # what is decoded as one; the last along an axis may reach beyond the array
+
+    @property
+    def chunk_bytes(self) -> int:
+        return prod(self.chunk) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What tensors that differ in their names and places alone have in common."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    unit: tuple[int, ...]  # what is made and written at once, or up to the tensor's edge
+    rule: str
+    ops: tuple[str, ...]  # the rule's ops, undone, as text, for people
+    sources: tuple[Stored, ...]
+    parts: tuple[Part, ...]  # cover a tensor once; `base` counts from where the tensor begins in the stored array
+    exactness: Exactness
+
+    @property
+    def size(self) -> int:
+        """Number of elements of one tensor."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+    def units(self) -> Iterator[Box]:
+        """The units' boxes, row-major."""
+        return boxes(self.shape, self.unit)
+
+
+class Exported(NamedTuple):
+    """One tensor. `places`: for each of its kind's sources, which stored array it is (a position in `Plan.tensors`),
+    and at which of its elements, row-major, the tensor begins: flat, array and element by turns.
+    """
+
+    name: str
+    kind: int  # position in `Outputs.kinds`
+    places: tuple[int, ...]
+
+    @property
+    def arrays(self) -> tuple[int, ...]:
+        return self.places[::2]
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        return self.places[1::2]
+
+
+@dataclass(frozen=True, slots=True)
 class OutputFile:
-    """One safetensors file: the arrays `first` … in the plan's order, and the absolute byte where each begins."""
+    """One safetensors file: the next `count` tensors, one after the other, behind `header` bytes."""
 
     name: str
     size: int  # bytes
-    first: int  # position in `Plan.arrays`
-    begins: tuple[int, ...]
+    header: int  # bytes
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,78 +118,97 @@ class Padding:
     """A region of a stored array that no tensor has a place for: it should hold `value` everywhere."""
 
     tensor: int  # position in `Plan.tensors`
-    shape: tuple[int, ...]  # of the array
-    dtype: str
-    box: Box
+    array: Stored
+    axes: tuple[AxisMap, ...]  # the region's indices along each axis
     axis: int  # along which its rows are counted
     value: float
+
+    @property
+    def rows(self) -> int:
+        return self.axes[self.axis].size if self.axes else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """All that an export writes, beside the arrays themselves."""
+    """All that an export writes."""
 
+    kinds: tuple[Kind, ...]
+    tensors: tuple[Exported, ...]  # in the order of the files
     files: tuple[OutputFile, ...]
-    batches: tuple[tuple[int, ...], ...]  # arrays made together, since the chunks they read are the same ones
+    batches: tuple[tuple[int, ...], ...]  # tensors of one kind and array, made together from chunks they share
     config: Mapping[str, Any]  # config.json
     companions: tuple[File, ...]  # copied from the original's directory; `header` is the digest of all of the file
     padding: tuple[Padding, ...] = ()
-    twins: tuple[Array, ...] = ()  # where stored arrays hold a tensor twice: what the others say, to be compared
-    chunks: Mapping[int, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # of stored arrays, by position in `Plan.tensors`
+    twins: tuple[Exported, ...] = ()  # where stored arrays hold a tensor again: what the others say, to be compared
     notes: tuple[str, ...] = ()  # for people: what differs from the original, and why
 
+    def named(self) -> Iterator[tuple[str, Kind]]:
+        """Every tensor's name and kind, in the order of the files."""
+        return ((t.name, self.kinds[t.kind]) for t in self.tensors)
 
-def lay_out(arrays: Sequence[Array], most: int) -> tuple[tuple[Array, ...], tuple[OutputFile, ...]]:
-    """The files for arrays in this order, none of more than `most` bytes of tensors unless a single tensor is larger.
+    def places(self) -> list[tuple[int, int]]:
+        """For every tensor the file it is in and the absolute byte where it begins there."""
+        out, sizes, tensors = [], [k.nbytes for k in self.kinds], iter(self.tensors)
+        for number, file in enumerate(self.files):
+            at = file.header
+            for _ in range(file.count):
+                out.append((number, at))
+                at += sizes[next(tensors).kind]
+        return out
 
-    Within a file the arrays of wider elements come first, as the format's reference writer has them, so that each
-    begins at a multiple of its element's size, which readers that map files rely on. Returns the arrays in that order,
+    def of_file(self, number: int) -> Sequence[Exported]:
+        """The tensors of a file."""
+        first = sum(f.count for f in self.files[:number])
+        return self.tensors[first : first + self.files[number].count]
+
+
+def lay_out(
+    tensors: Sequence[Exported], kinds: Sequence[Kind], most: int
+) -> tuple[tuple[Exported, ...], tuple[OutputFile, ...]]:
+    """The files for tensors in this order, none of more than `most` bytes of them unless a single tensor is larger.
+
+    Within a file the tensors of wider elements come first, as the format's reference writer has them, so that each
+    begins at a multiple of its element's size, which readers that map files rely on. Returns the tensors in that order,
     too.
     """
-    groups: list[list[Array]] = []
+    groups: list[list[Exported]] = []
+    sizes, widths = [k.nbytes for k in kinds], [itemsize(k.dtype) for k in kinds]
     size = 0
-    for array in arrays:
-        if not groups or size + array.nbytes > most:
+    for tensor in tensors:
+        if not groups or size + sizes[tensor.kind] > most:
             groups.append([])
             size = 0
-        groups[-1].append(array)
-        size += array.nbytes
-    out, first = [], 0
-    for k, group in enumerate(groups):
-        group.sort(key=lambda a: -itemsize(a.dtype))
-        name = "model.safetensors" if len(groups) == 1 else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
-        at = len(header(group))
-        begins = []
-        for array in group:
-            begins.append(at)
-            at += array.nbytes
-        out.append(OutputFile(name, at, first, tuple(begins)))
-        first += len(group)
-    return tuple(a for group in groups for a in group), tuple(out)
+        groups[-1].append(tensor)
+        size += sizes[tensor.kind]
+    files = []
+    for number, group in enumerate(groups):
+        group.sort(key=lambda t: -widths[t.kind])
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        length = len(header(group, kinds))
+        files.append(OutputFile(name, length + sum(sizes[t.kind] for t in group), length, len(group)))
+    return tuple(t for group in groups for t in group), tuple(files)
 
 
-def header(arrays: Sequence[Array]) -> bytes:
-    """The length field and the JSON of a file that holds these arrays, one after the other."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
+def header(tensors: Sequence[Exported], kinds: Sequence[Kind]) -> bytes:
+    """The length field and the JSON of a file that holds these tensors, one after the other."""
+    types = [f'{{"dtype":"{DTYPES[k.dtype]}","shape":{json.dumps(k.shape, separators=(",", ":"))}' for k in kinds]
+    sizes = [k.nbytes for k in kinds]
+    entries = [f'"__metadata__":{json.dumps(METADATA, separators=(",", ":"))}']
     at = 0
-    for array in arrays:
-        entries[array.name] = {
-            "dtype": DTYPES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
-        }
-        at += array.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    for name, kind, _ in tensors:
+        end = at + sizes[kind]
+        entries.append(f'{json.dumps(name, ensure_ascii=False)}:{types[kind]},"data_offsets":[{at},{end}]}}')
+        at = end
+    text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def index(files: Sequence[OutputFile], arrays: Sequence[Array]) -> str:
+def index(outputs: Outputs) -> str:
     """The text of `model.safetensors.index.json`."""
-    where = {arrays[f.first + k].name: f.name for f in files for k in range(len(f.begins))}
-    total = {"total_parameters": sum(a.size for a in arrays), "total_size": sum(a.nbytes for a in arrays)}
+    where = {t.name: outputs.files[file].name for t, (file, _) in zip(outputs.tensors, outputs.places(), strict=True)}
+    kinds = [kind for _, kind in outputs.named()]
+    total = {"total_parameters": sum(k.size for k in kinds), "total_size": sum(k.nbytes for k in kinds)}
     return json.dumps({"metadata": total, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
-from ckptc.plan.model import Array, Box
+from ckptc.ops.types import itemsize
+from ckptc.plan.model import Box
+from ckptc.plan.outputs import Kind, Padding
 
 Numbers = npt.NDArray[Any]
 
@@ -100,36 +102,29 @@ def _join(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, i
     return low, stride, (high - low) // stride + 1
 
 
-def bases(arrays: Sequence[Array]) -> Numbers:
-    """Where the parts of alike arrays begin: int64[arrays, parts]."""
-    return np.array([[part.base for part in array.parts] for array in arrays], dtype=np.int64)
+def needs(kind: Kind, begins: Numbers, box: Box) -> Iterator[tuple[int, Region]]:
+    """What the same box of each of some tensors of a kind needs of each source: its position among the kind's, and the
+    region for all of the tensors.
 
-
-def needs(array: Array, begins: Numbers, box: Box, shapes: Sequence[Sequence[int]]) -> Iterator[tuple[int, Region]]:
-    """What the same box of each of some alike arrays needs of each source: its position among theirs, and the region
-    for all of them.
-
-    The arrays differ from `array` in where their parts begin alone, which is `begins` (see `bases`); `shapes` are
-    those of their sources.
+    `begins`: where they begin in the stored arrays, int64[tensors, sources].
     """
     found: dict[int, list[Region]] = {}
-    for number, part in enumerate(array.parts):
+    for part in kind.parts:
         source = part.source or 0
         for inside in restrict_part(part, box):
-            one = region(inside, shapes[source])
-            found.setdefault(source, []).append(
-                _spread(one, begins[:, number] + (inside.base - part.base), shapes[source])
-            )
+            shape = kind.sources[source].shape
+            found.setdefault(source, []).append(_spread(inside, begins[:, source], shape))
     for source, regions in sorted(found.items()):
         yield source, union(regions)
 
 
-def _spread(one: Region, begins: Numbers, shape: Sequence[int]) -> Region:
-    """The union of a region and of the same one beginning elsewhere: at each of `begins`, elements of the array."""
+def _spread(part: Part, begins: Numbers, shape: Sequence[int]) -> Region:
+    """The box that a part needs where it begins at each of `begins`, elements of the array."""
+    first = region(replace(part, base=part.base + int(begins[0])), shape)
     if len(begins) == 1:
-        return one
-    axes, rest = [], begins
-    for (_, stride, count), step in zip(one.axes, strides(shape), strict=True):
+        return first
+    axes, rest = [], begins + part.base
+    for (_, stride, count), step in zip(first.axes, strides(shape), strict=True):
         starts, rest = np.divmod(rest, step)
         low, high = int(starts.min()), int(starts.max()) + stride * (count - 1)
         apart = gcd(*np.unique(starts - low).tolist())
@@ -141,11 +136,6 @@ def _spread(one: Region, begins: Numbers, shape: Sequence[int]) -> Region:
 def within(part: Part, shape: Sequence[int], box: Region) -> Part:
     """The part's steps in a row-major array that holds the elements of `box` and nothing else."""
     steps, inner = strides(shape), strides(box.shape)
-    base, rest = 0, part.base
-    for axis, step in enumerate(steps):
-        at, rest = divmod(rest, step)
-        start, stride, _ = box.axes[axis]
-        base += (at - start) // stride * inner[axis]
 
     def moved(f: Factor) -> Factor:
         if f.step == 0 or f.size == 1:
@@ -154,7 +144,35 @@ def within(part: Part, shape: Sequence[int], box: Region) -> Part:
         return replace(f, step=f.step // steps[axis] // box.axes[axis][1] * inner[axis])
 
     axes = tuple(AxisMap(a.start, tuple(moved(f) for f in a.factors)) for a in part.axes)
-    return replace(part, base=base, first=0, axes=axes)
+    return replace(part, base=place_in(part.base, shape, box), first=0, axes=axes)
+
+
+def place_in(element: int, shape: Sequence[int], box: Region) -> int:
+    """Where an element of an array of this shape is in a row-major array that holds `box` and nothing else."""
+    at, rest = 0, element
+    for step, inner, (start, stride, _) in zip(strides(shape), strides(box.shape), box.axes, strict=True):
+        index, rest = divmod(rest, step)
+        at += (index - start) // stride * inner
+    return at
+
+
+def padding_bytes(padding: Padding) -> int:
+    """Bytes of the chunks that are decoded to look at all of some padding, each once."""
+    array = padding.array
+    return padding_region(padding).chunked(array.chunk, array.shape) * itemsize(array.dtype)
+
+
+def padding_region(padding: Padding) -> Region:
+    """The smallest box that holds the padding."""
+    return Region(tuple((a.start, 1, a.stop - a.start) for a in padding.axes))
+
+
+def indices(axis: AxisMap) -> Numbers:
+    """Every index of an axis that its loops reach, in the order of the loops: int64[n]."""
+    out: Numbers = np.array([axis.start], dtype=np.int64)
+    for f in axis.factors:
+        out = (out[:, None] + np.arange(f.size, dtype=np.int64) * f.weight).ravel()
+    return out
 
 
 def _loops(part: Part) -> list[Factor]:

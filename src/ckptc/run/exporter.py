@@ -14,7 +14,6 @@ in its report.
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -30,15 +29,16 @@ from ckptc.io.orbax_reader import ArrayReader, check_saved, find_items, open_rea
 from ckptc.io.original import identify
 from ckptc.io.safetensors_writer import CheckpointWriter, FileSpec
 from ckptc.ir.source import SourceFile
-from ckptc.ops.nest import restrict_part
+from ckptc.ops.nest import Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
-from ckptc.plan.model import Array, Box, Plan
-from ckptc.plan.outputs import INDEX, Outputs, Padding, config_text, header, index
-from ckptc.plan.regions import Numbers, Region, bases, needs, within
-from ckptc.run.kernel import Conversion, Kernel
+from ckptc.plan.model import Box, Plan
+from ckptc.plan.outputs import INDEX, Exported, Kind, Outputs, Padding, Stored, config_text, header, index
+from ckptc.plan.regions import Region, indices, needs, padding_region, place_in, within
+from ckptc.run.kernel import Conversion, Kernel, Loop
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.worker import Bytes, target_loops
 
+Values = npt.NDArray[Any]
 Step = Callable[[int, str], None]  # bytes written so far, the tensor being made
 
 
@@ -73,13 +73,13 @@ def export(
     items = _find(plan, source)
     check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
     copies = _companions(plan, outputs, companions)
-    specs = [FileSpec(f.name, f.size, header(plan.arrays[f.first : f.first + len(f.begins)])) for f in outputs.files]
+    specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
     with CheckpointWriter(output, specs, force=force) as writer:
         work = Exporter(plan, outputs, open_reader(items), writer)
         for _ in work.tensors(on_step):
             pass
         warnings = [*work.twins(), *work.padding()]
-        texts = {INDEX: index(outputs.files, plan.arrays)} if len(outputs.files) > 1 else {}
+        texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
         writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
     seconds = time.perf_counter() - started
     return ExportReport(
@@ -131,7 +131,7 @@ class Exporter:
         self.kernel = Kernel()
         self._held = np.empty(0, dtype=np.uint8)  # boxes of stored arrays
         self._made = np.empty(0, dtype=np.uint8)  # a box of one tensor
-        self._firsts = [f.first for f in outputs.files]
+        self._places = outputs.places()
 
     @property
     def held_bytes(self) -> int:
@@ -142,70 +142,65 @@ class Exporter:
         """Writes every tensor, batch by batch; yields after each unit."""
         written = 0
         for batch in self.outputs.batches:
-            arrays = [self.plan.arrays[n] for n in batch]
-            begins = bases(arrays)
-            for box in arrays[0].units():
-                for number, array, values in self._boxes(batch, arrays, begins, box):
-                    file, begin = self.place(number)
-                    self.writer.write_box(file, begin, array.shape, box, values)
+            tensors = [self.outputs.tensors[n] for n in batch]
+            kind = self.outputs.kinds[tensors[0].kind]
+            for box in kind.units():
+                for number, values in zip(batch, self._boxes(tensors, kind, box), strict=True):
+                    file, begin = self._places[number]
+                    self.writer.write_box(file, begin, kind.shape, box, values)
                     written += values.nbytes
-                on_step(written, arrays[0].name)
+                on_step(written, tensors[0].name)
                 yield written
 
-    def place(self, number: int) -> tuple[int, int]:
-        """The file of an array, and the byte where it begins there."""
-        file = bisect_right(self._firsts, number) - 1
-        return file, self.outputs.files[file].begins[number - self._firsts[file]]
-
-    def _boxes(
-        self, numbers: Sequence[int], arrays: Sequence[Array], begins: Numbers, box: Box
-    ) -> Iterator[tuple[int, Array, npt.NDArray[Any]]]:
-        """The same box of each of some alike arrays, from boxes of the stored arrays that are read for all of them at
-        once.
+    def _boxes(self, tensors: Sequence[Exported], kind: Kind, box: Box) -> Iterator[Values]:
+        """The same box of each of some tensors of a kind, from boxes of the stored arrays that are read for all of them
+        at once. What is yielded lasts until the next.
         """
-        sources = arrays[0].sources
-        regions = dict(needs(arrays[0], begins, box, [s.shape for s in sources]))
-        held: dict[int, npt.NDArray[Any]] = {}
-        self._held = _grown(self._held, sum(_nbytes(r, sources[s].dtype) for s, r in regions.items()))
-        used = 0
-        made = prod(high - low for low, high in box) * itemsize(arrays[0].dtype)
-        for s, r in regions.items():
-            size = _nbytes(r, sources[s].dtype)
-            held[s] = self._held[used : used + size].view(numpy_dtype(sources[s].dtype))
-            used += size
-            self._read(sources[s].tensors[0], r, held[s].reshape(r.shape), self._held.nbytes + made)
-        self._made = _grown(self._made, made)
-        flat = self._made[:made].view(numpy_dtype(arrays[0].dtype))
+        begins = np.array([t.begins for t in tensors], dtype=np.int64)
+        regions = dict(needs(kind, begins, box))
         shape = tuple(high - low for low, high in box)
-        for number, array in zip(numbers, arrays, strict=True):
-            for part in array.parts:
-                s = part.source or 0
-                for inside in restrict_part(part, box):
-                    local = within(inside, sources[s].shape, regions[s])
-                    loops, at = target_loops(local, shape)
-                    conversion = Conversion(sources[s].dtype, array.dtype, part.math)
-                    self.kernel.copy(held[s], local.base, flat, at, loops, conversion)
-            yield number, array, flat.reshape(shape)
+        made = prod(shape) * itemsize(kind.dtype)
+        sizes = {s: r.size * itemsize(kind.sources[s].dtype) for s, r in regions.items()}
+        self._held = _grown(self._held, sum(sizes.values()))
+        held: dict[int, Values] = {}
+        used = 0
+        for s, r in regions.items():
+            source = kind.sources[s]
+            held[s] = self._held[used : used + sizes[s]].view(numpy_dtype(source.dtype))
+            used += sizes[s]
+            self._read(tensors[0].arrays[s], source, r, held[s].reshape(r.shape), self._held.nbytes + made)
+        self._made = _grown(self._made, made)
+        flat = self._made[:made].view(numpy_dtype(kind.dtype))
+        copies = [
+            _Copy.of(inside, kind, regions[part.source or 0], shape)
+            for part in kind.parts
+            for inside in restrict_part(part, box)
+        ]
+        for tensor in tensors:
+            for copy in copies:
+                s = copy.source
+                start = place_in(copy.base + tensor.begins[s], kind.sources[s].shape, regions[s])
+                self.kernel.copy(held[s], start, flat, copy.at, copy.loops, copy.conversion)
+            yield flat.reshape(shape)
 
-    def _read(self, tensor: int, region: Region, out: npt.NDArray[Any], used: int) -> None:
+    def _read(self, tensor: int, stored: Stored, region: Region, out: Values, used: int) -> None:
         path = tuple(self.plan.tensors[tensor].name.split("/"))
-        self.reader.read(path, region.axes, self.outputs.chunks[tensor], out, max(0, self.plan.choices.memory - used))
+        self.reader.read(path, region.axes, stored.chunk, out, max(0, self.plan.choices.memory - used))
 
     def twins(self) -> Iterator[str]:
         """Compares what arrays say of tensors that another array has given already; says where they differ."""
-        numbers = {a.name: n for n, a in enumerate(self.plan.arrays)}
+        numbers = {t.name: n for n, t in enumerate(self.outputs.tensors)} if self.outputs.twins else {}
         differ: dict[str, list[str]] = {}
         for twin in self.outputs.twins:
-            number = numbers[twin.name]
-            file, begin = self.place(number)
-            for box in twin.units():
-                shape = tuple(high - low for low, high in box)
-                taken = np.empty(shape, dtype=numpy_dtype(twin.dtype))
-                self.writer.read_box(file, begin, twin.shape, box, taken)
-                ((_, _, values),) = self._boxes([number], [twin], bases([twin]), box)
-                covered = _covered(twin, box)
+            kind = self.outputs.kinds[twin.kind]
+            file, begin = self._places[numbers[twin.name]]
+            for box in kind.units():
+                taken = np.empty(tuple(high - low for low, high in box), dtype=numpy_dtype(kind.dtype))
+                self.writer.read_box(file, begin, kind.shape, box, taken)
+                (values,) = self._boxes([twin], kind, box)
+                covered = _covered(kind, box)
                 if not np.array_equal(values[covered], taken[covered], equal_nan=True):
-                    differ.setdefault(twin.rule, []).append(twin.name)
+                    differ.setdefault(kind.rule, []).append(twin.name)
                     break
         for rule, names in differ.items():
             count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
@@ -214,48 +209,70 @@ class Exporter:
     def padding(self) -> Iterator[str]:
         """Looks for values where there should be padding; says how many rows have any."""
         for padding in self.outputs.padding:
-            rows = sum(
-                self._trained_rows(padding, low, high) for low, high in _slabs(padding, self.plan.choices.memory // 4)
-            )
-            low, high = padding.box[padding.axis] if padding.box else (0, 1)
+            rows = sum(self._trained_rows(padding, *slab) for slab in _slabs(padding, self.plan.choices.memory // 4))
             if rows:
                 name = self.plan.tensors[padding.tensor].name
                 yield (
-                    f"{rows} of the {high - low} rows of padding of `{name}` carry trained values (they should be "
+                    f"{rows} of the {padding.rows} rows of padding of `{name}` carry trained values (they should be "
                     f"{padding.value:g}): no tensor has a place for them, they are left out"
                 )
 
     def _trained_rows(self, padding: Padding, low: int, high: int) -> int:
-        axes = [(a, 1, b - a) for a, b in padding.box]
+        """How many of the rows from `low` up to `high` are not what padding is."""
+        axes = list(padding_region(padding).axes)
+        at = [indices(a) - a.start for a in padding.axes]
         if axes:
             axes[padding.axis] = (low, 1, high - low)
+            own = indices(padding.axes[padding.axis])
+            at[padding.axis] = own[(own >= low) & (own < high)] - low
         region = Region(tuple(axes))
-        size = _nbytes(region, padding.dtype)
+        size = region.size * itemsize(padding.array.dtype)
         self._held = _grown(self._held, size)
-        values = self._held[:size].view(numpy_dtype(padding.dtype)).reshape(region.shape)
-        self._read(padding.tensor, region, values, self._held.nbytes)
+        values = self._held[:size].view(numpy_dtype(padding.array.dtype)).reshape(region.shape)
+        self._read(padding.tensor, padding.array, region, values, self._held.nbytes)
+        if any(len(own) < n for own, n in zip(at, region.shape, strict=True)):
+            values = values[np.ix_(*at)]  # padding between other rows
         wrong = values != np.asarray(padding.value).astype(values.dtype)
         others = tuple(a for a in range(wrong.ndim) if a != padding.axis)
         return int(np.count_nonzero(wrong.any(axis=others))) if wrong.ndim else int(wrong)
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """What is copied, of one part of a kind, into a box: the same for all tensors but for where it begins."""
+
+    source: int
+    base: int  # counted from where the tensor begins in the stored array
+    loops: list[Loop]
+    at: int  # first element in the box
+    conversion: Conversion
+
+    @staticmethod
+    def of(part: Part, kind: Kind, region: Region, shape: tuple[int, ...]) -> _Copy:
+        source = part.source or 0
+        stored = kind.sources[source]
+        loops, at = target_loops(within(replace(part, base=0), stored.shape, region), shape)
+        return _Copy(source, part.base, loops, at, Conversion(stored.dtype, kind.dtype, part.math))
+
+
 def _slabs(padding: Padding, most: int) -> Iterator[tuple[int, int]]:
-    """The padding's rows, in slabs of at most `most` bytes or a row."""
-    if not padding.box:
+    """Rows of the array that hold all of the padding's, in slabs of at most `most` bytes or a row."""
+    if not padding.axes:
         yield 0, 1
         return
-    low, high = padding.box[padding.axis]
-    row = prod(b - a for a, b in padding.box) // (high - low) * itemsize(padding.dtype)
+    region = padding_region(padding)
+    low, _, count = region.axes[padding.axis]
+    row = region.size // count * itemsize(padding.array.dtype)
     step = max(1, most // row)
-    for at in range(low, high, step):
-        yield at, min(at + step, high)
+    for at in range(low, low + count, step):
+        yield at, min(at + step, low + count)
 
 
-def _covered(array: Array, box: Box) -> npt.NDArray[np.bool_]:
-    """Which elements of a box the array's parts speak of."""
+def _covered(kind: Kind, box: Box) -> npt.NDArray[np.bool_]:
+    """Which elements of a box the kind's parts speak of."""
     shape = tuple(high - low for low, high in box)
     out = np.zeros(prod(shape), dtype=np.bool_)
-    for part in array.parts:
+    for part in kind.parts:
         for inside in restrict_part(part, box):
             loops, at = target_loops(replace(inside, base=0), shape)
             places = np.array([at])
@@ -263,10 +280,6 @@ def _covered(array: Array, box: Box) -> npt.NDArray[np.bool_]:
                 places = (places[:, None] + np.arange(loop.size) * loop.target).ravel()
             out[places] = True
     return out.reshape(shape)
-
-
-def _nbytes(region: Region, dtype: str) -> int:
-    return region.size * itemsize(dtype)
 
 
 def _grown(buffer: Bytes, size: int) -> Bytes:
