@@ -24,7 +24,8 @@ import tensorstore as ts
 
 from ckptc.diagnostics import InputError
 from ckptc.io import orbax, zarr3
-from ckptc.io.orbax import ArraySpec, ItemsWriter, WriterState
+from ckptc.io.orbax import ItemsWriter, WriterState
+from ckptc.io.orbax_metadata import AXIS, ArraySpec, sharding_metadata
 
 P = ("params", "params")
 ARRAYS = (
@@ -252,7 +253,7 @@ def orbaxs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours_of_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("ours"), sharding_devices=16)
+    return checkpoint(tmp_path_factory.mktemp("ours"), mesh=((AXIS, 16),))
 
 
 def test_the_files_are_those_that_orbax_writes(ours_of_16: Path, orbaxs: Path) -> None:
@@ -280,7 +281,7 @@ def test_metadata_is_what_orbax_writes(ours_of_16: Path, orbaxs: Path, name: str
 
 
 def test_the_sharding_of_one_device_is_the_text_that_orbax_writes_on_one() -> None:
-    named = orbax.sharding_metadata(ARRAYS)
+    named = sharding_metadata(ARRAYS)
     text = (
         '{"sharding_type": "NamedSharding", "shape": [1], "axis_names": ["checkpoint_sharding_axis"], '
         '"axis_types": ["AxisType.Auto"], "partition_spec": ["checkpoint_sharding_axis"], '

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ckptc.diagnostics import InputError
-from ckptc.io.orbax import ArraySpec, Entry, ItemsWriter
+from ckptc.io.orbax import Entry, ItemsWriter
+from ckptc.io.orbax_metadata import ArraySpec
 from ckptc.run import journal
 from ckptc.run.journal import LOCK, UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums
 

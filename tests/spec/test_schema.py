@@ -94,7 +94,7 @@ def objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from objects(inner, f"{path}/{i}")
 
 
-@pytest.mark.parametrize("name", ["mapping", "plan", "target"])
+@pytest.mark.parametrize("name", ["mapping", "plan", "target", "rules"])
 def test_the_schema_is_a_schema_and_lets_no_unknown_key_through(name: str) -> None:
     Draft7Validator.check_schema(schema(name))
     open_ = [path for path, value in objects(schema(name)) if value.get("additionalProperties", True) is True]

@@ -54,12 +54,26 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         help="override a dim of the mapping; may be repeated",
     )
     parser.add_argument("--mapping", metavar="FILE", help="a mapping that is not among the shipped ones")
-    parser.add_argument(
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument(
         "--shards",
         type=positive,
         default=16,
         metavar="N",
         help="storage shards of each array, along the first axis they divide, else the second (default: 16)",
+    )
+    split.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="shard each array for the device mesh it will be used on, such as fsdp=16,tensor=4, by MaxText's rules: "
+        "each device's part is then whole chunks, and a restore on that mesh reads only what each host needs. A "
+        "restore that names no sharding gets this one, and so needs as many devices",
+    )
+    parser.add_argument(
+        "--rules",
+        metavar="FILE",
+        help="with --mesh: YAML with `logical_axis_rules`, as MaxText's settings have them, that take the place of the "
+        "default ones of the same axes",
     )
     parser.add_argument(
         "--memory",

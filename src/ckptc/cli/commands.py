@@ -14,6 +14,7 @@ from typing import Any
 from ckptc.cli import export, render
 from ckptc.cli.progress import show_progress
 from ckptc.compile.compiler import compile_plan
+from ckptc.compile.mesh import Mesh, read_mesh
 from ckptc.compile.options import Options
 from ckptc.diagnostics import fail
 from ckptc.io.checkpoint import open_checkpoint
@@ -22,6 +23,8 @@ from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Mapping, Model, find_model, load_mapping, shipped
+from ckptc.spec.rules import load_rules
+from ckptc.spec.target import Rules, target_tree
 
 _PLAN_BEGINS = b'{\n "format":'
 
@@ -89,12 +92,15 @@ def _mappings(file: str | None) -> tuple[Mapping, ...] | None:
 
 def _compile(args: argparse.Namespace) -> Plan:
     mapping, model = find(args)
+    mesh, rules = _mesh(args, mapping)
     options = Options(
         layout="unscanned" if args.scan is False else "scanned",
         dtype=args.dtype or Options().dtype,
         multimodal=args.multimodal,
         set=dict(args.set),
         shards=args.shards,
+        mesh=mesh,
+        rules=rules,
         memory=args.memory or Options().memory,
     )
     checkpoint = open_checkpoint(Path(args.source)) if args.source else None
@@ -104,9 +110,21 @@ def _compile(args: argparse.Namespace) -> Plan:
     return plan
 
 
+def _mesh(args: argparse.Namespace, mapping: Mapping) -> tuple[Mesh, Rules]:
+    if args.mesh is None:
+        if args.rules is not None:
+            raise fail("bad-mesh", "--rules say how a mesh shards, and there is none", help="give one with --mesh")
+        return (), ()
+    tree = target_tree(mapping.target)
+    axes, rules = load_rules(Path(args.rules), tree) if args.rules is not None else (tree.mesh_axes, tree.rules)
+    return read_mesh(args.mesh, axes), rules
+
+
 def _compile_export(args: argparse.Namespace) -> Plan:
     if not args.source:
         raise fail("unknown-source", "an export is compiled for a checkpoint", help="say which one with `--source DIR`")
+    if args.mesh is not None or args.rules is not None:
+        raise fail("bad-mesh", "an export is of whole tensors", help="leave out --mesh and --rules")
     return export.compiled(args)
 
 

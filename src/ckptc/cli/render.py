@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +186,7 @@ def rules(plan: Plan) -> list[dict[str, Any]]:
                 "dtype": array.dtype,
                 "ops": list(array.ops),
                 "write_bytes": 0,
+                **({"spec": [list(over) for over in array.spec]} if plan.choices.mesh else {}),
             },
         )
         record["arrays"] += 1
@@ -193,7 +196,8 @@ def rules(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _rules(records: Sequence[dict[str, Any]]) -> str:
-    heading = ("RULE", "ARRAYS", "TENSORS", "BYTES", "TARGET", "OPS")
+    meshed = any("spec" in r for r in records)
+    heading = ("RULE", "ARRAYS", "TENSORS", "BYTES", "TARGET", *(["SHARDED OVER"] if meshed else []), "OPS")
     rows = [
         (
             r["rule"],
@@ -201,11 +205,38 @@ def _rules(records: Sequence[dict[str, Any]]) -> str:
             str(r["tensors"]),
             size(r["write_bytes"]),
             f"{r['dtype']}{r['shape']}",
+            *([_over(r["spec"])] if meshed else []),
             "; ".join(r["ops"]) or "as it is",
         )
         for r in records
     ]
     return table([heading, *rows])
+
+
+def _over(spec: Sequence[Sequence[str]]) -> str:
+    """`fsdp, -, tensor`: of each axis, the mesh axes; nothing where each device has all."""
+    return ", ".join("*".join(over) or "-" for over in spec) if any(spec) else "nothing"
+
+
+def _mesh(plan: Plan) -> list[str]:
+    """The mesh, how arrays lie on it, and what does not divide."""
+    mesh = plan.choices.mesh
+    if not mesh:
+        return []
+    sharded = [a for a in plan.arrays if any(a.spec)]
+    held = sum(a.nbytes // prod(a.shards) for a in plan.arrays)
+    lines = [
+        f"mesh    {', '.join(f'{name}={n}' for name, n in mesh)}: {prod(n for _, n in mesh)} devices, "
+        f"{len(sharded)} arrays sharded, {len(plan.arrays) - len(sharded)} whole on each, {size(held)} a device"
+    ]
+    sizes, uneven = dict(mesh), Counter[str]()
+    for a in plan.arrays:
+        for axis, n, names in zip(a.axes, a.shape, a.indivisible, strict=False):
+            uneven.update(f"axis {axis}={n} is not divided by {name}={sizes[name]}" for name in names)
+    return lines + [
+        f"uneven  {text} in {n} array{'s' if n != 1 else ''}: not sharded over it; JAX refuses to shard such a parameter"
+        for text, n in uneven.items()
+    ]
 
 
 def summary_record(plan: Plan) -> dict[str, Any]:
@@ -230,6 +261,7 @@ def summary(plan: Plan) -> str:
         f"reads   {size(t.read_bytes)} of {t.tensors} tensors",
         f"writes  {size(t.write_bytes)} in {t.arrays} arrays, {count(t.parameters)} parameters",
         f"memory  {size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {size(c.memory)}",
+        *_mesh(plan),
     ]
     for x in plan.left_out:
         if x.tensors:

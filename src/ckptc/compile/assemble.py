@@ -16,6 +16,7 @@ from typing import Any
 import ckptc
 from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
+from ckptc.compile.mesh import Partition, partition
 from ckptc.compile.options import Options
 from ckptc.compile.schedule import ACCOUNTED_MOST, TooManyUnitsError, account, fit, shard_counts, unit_budget
 from ckptc.diagnostics import fail
@@ -60,6 +61,8 @@ def assemble(
             memory=options.memory,
             naming=naming,
             dims=tuple((n, v) for n, v in dims.items() if not isinstance(v, MappingOf)),
+            mesh=options.mesh,
+            compression=options.compression,
         ),
         files=tuple(plan.File(f.name, f.size, f.header_digest) for f in checkpoint.files) if checkpoint else (),
         tensors=table.rows,
@@ -126,10 +129,12 @@ class _Table:
 
 def _array(target: Target, folded: Folded, options: Options, table: _Table, tree: TargetTree) -> plan.Array:
     shape, dtype = target.type.shape, target.type.dtype
-    shards = shard_counts(shape, options.shards)
+    axes = target.axes or tree.axes(target.path[1:], len(shape))
+    split = partition(axes, shape, options.mesh, options.rules) if options.mesh else Partition((), ())
+    shards = split.shards(options.mesh, len(shape)) if options.mesh else shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
     try:
-        chunk, unit = fit(shape, dtype, sources, folded.parts, shards, unit_budget(options.memory))
+        chunk, unit = fit(shape, dtype, sources, folded.parts, shards, unit_budget(options.memory), bool(options.mesh))
     except TooManyUnitsError:
         raise fail(
             "too-little-memory",
@@ -144,11 +149,13 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
         chunk,
         unit,
         shards,
-        target.axes or tree.axes(target.path[1:], len(shape)),
+        axes,
         target.rule,
         target.steps,
         sources,
         folded.parts,
+        spec=split.spec,
+        indivisible=split.indivisible if any(split.indivisible) else (),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 
+from ckptc.compile.mesh import Mesh
 from ckptc.spec.mapping import Value
+from ckptc.spec.target import Rules
 
 MIB = 1 << 20
 
@@ -17,4 +19,7 @@ class Options:
     multimodal: bool = False  # whether vision and audio towers are converted
     set: MappingOf[str, Value] = field(default_factory=dict)  # dims by name, from --set
     shards: int = 16  # storage shards of an array, along the first axis they divide, else the second
+    mesh: Mesh = ()  # the device mesh that arrays are sharded for instead; () for none
+    rules: Rules = ()  # for the mesh
+    compression: str = "none"  # of chunks: as `ckptc.plan.model.Choices` has it
     memory: int = 256 * MIB  # bytes of buffers a run may hold

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import isqrt, prod
 
 from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import itemsize
@@ -52,9 +52,13 @@ def fit(
     parts: tuple[Part, ...],
     shards: tuple[int, ...],
     budget: int,
+    whole: bool = False,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The chunk and the unit of an array: no unit uses more than `budget` bytes of buffers, if a row fits."""
-    return _fit(shape, dtype, _kinds(sources), parts, shards, budget)
+    """The chunk and the unit of an array: no unit uses more than `budget` bytes of buffers, if a row fits.
+
+    `whole`: shards are made of whole chunks, however small that makes them. Every axis is then divided by its shards.
+    """
+    return _fit(shape, dtype, _kinds(sources), parts, shards, budget, whole)
 
 
 def _kinds(sources: tuple[Source, ...]) -> tuple[Source, ...]:
@@ -70,6 +74,7 @@ def _fit(
     parts: tuple[Part, ...],
     shards: tuple[int, ...],
     budget: int,
+    whole: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     main, cost, row = _main(parts), itemsize(dtype), 0
     if main is not None and main.source is not None:
@@ -77,11 +82,11 @@ def _fit(
         cost += -(-(needed.read + needed.decoded_bytes) // main.size)
         row = needed.rows.layout.length if needed.rows else 0
     limit = max(1, budget // cost)
-    best = last = _choose(shape, parts, shards, limit, row)
+    best = last = _choose(shape, parts, shards, limit, row, whole)
     least = peak = _account(shape, dtype, sources, parts, last[1])[1]
     while least > budget and limit > 1:
         limit = max(1, min(limit * 9 // 10, limit * budget // peak))
-        smaller = _choose(shape, parts, shards, limit, row)
+        smaller = _choose(shape, parts, shards, limit, row, whole)
         if smaller[1] == last[1]:
             continue
         last = smaller
@@ -97,11 +102,11 @@ def choose(
     shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], element_cost: int, budget: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The chunk and the unit of an array. `element_cost` is bytes of buffers per element, `budget` bytes per unit."""
-    return _choose(shape, parts, shards, max(1, budget // element_cost), 0)
+    return _choose(shape, parts, shards, max(1, budget // element_cost), 0, False)
 
 
 def _choose(
-    shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], limit: int, row: int
+    shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], limit: int, row: int, whole: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A chunk and a unit of at most `limit` elements, or of one row of `row` elements of the largest part's source."""
     main = _main(parts)
@@ -111,9 +116,11 @@ def _choose(
         share = size // shards[axis]
         if room >= size or (main is not None and _within_row(main.axes[axis], row)):
             unit[axis], chunk[axis] = size, share
+        elif whole and room >= share:
+            unit[axis], chunk[axis] = share * _portion(shards[axis], room // share), share
         else:
             # Cut where chunks stay equal: within a shard.
-            unit[axis] = chunk[axis] = _portion(share, room)
+            unit[axis] = chunk[axis] = _portion(share, room, whole and shards[axis] > 1)
     return tuple(chunk), tuple(unit)
 
 
@@ -122,11 +129,15 @@ def _within_row(axis: AxisMap, row: int) -> bool:
     return bool(axis.factors) and all(f.tensor == 0 and f.step < row for f in axis.factors)
 
 
-def _portion(size: int, room: int) -> int:
-    """How much of an axis fits in `room`: its largest divisor that does, unless that wastes most of the room."""
+def _portion(size: int, room: int, whole: bool = False) -> int:
+    """How much of an axis fits in `room`: its largest divisor that does, unless that wastes most of the room; with
+    `whole`, even then."""
     if size <= room:
         return size
     room = max(1, room)
+    if whole:
+        pairs = ((k, size // k) for k in range(1, isqrt(size) + 1) if size % k == 0)
+        return max(n for pair in pairs for n in pair if n <= room)
     even = -(-size // -(-size // room))  # nearly equal portions, the last one smaller
     fewest = -(-size // room)
     enough = range(fewest, min(2 * size // even + 1, fewest + ACCOUNTED_MOST))  # portions of more than half of that

@@ -23,7 +23,6 @@ File names, JSON fields and their values are what orbax-checkpoint 0.12.8 writes
 
 from __future__ import annotations
 
-import base64
 import heapq
 import json
 import os
@@ -40,36 +39,14 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import fail
 from ckptc.io import ocdbt, zarr3
+from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec, Mesh, array_metadatas, sharding_metadata, tree_metadata
 
 # Orbax lets nodes grow to 100 MB, and reads with a cache of 100 MB for all of them: a node near that size is
 # evicted and decoded again and again (650,000 keys, 200 random reads: 27 s; with nodes of 1 MiB, 0.05 s).
 NODE_BYTES = 1 << 20
 
-AXIS = "checkpoint_sharding_axis"  # the mesh axis that MaxText's converter shards along
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
-_DICT_KEY = 2  # Orbax's KeyType.DICT
 _BUSY = -2  # instead of the offset of a chunk that is being written
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """One array of the checkpoint."""
-
-    path: tuple[str, ...]  # keys of the nested dicts: ("params", "params", "decoder", "decoder_norm", "scale")
-    shape: tuple[int, ...]
-    dtype: str  # as numpy and ml_dtypes spell it: bfloat16, float32, int32, float8_e4m3fn, …
-    chunk: tuple[int, ...]  # elements of a storage chunk; chunks at the edge are stored whole
-    partition: tuple[int, ...]  # shards along each axis, for the metadata: at most one axis has more than 1
-
-    @property
-    def name(self) -> str:
-        """Orbax's name of the array: its path joined with dots."""
-        return ".".join(self.path)
-
-    @property
-    def shard(self) -> tuple[int, ...]:
-        """The shape of one shard, "write_shape" in Orbax's words."""
-        return zarr3.grid(self.shape, self.partition)
 
 
 class Entry(NamedTuple):
@@ -194,14 +171,14 @@ def finish(
     step: int = 0,
     processes: int = 1,
     final: Path | None = None,
-    sharding_devices: int = 1,
+    mesh: Mesh = ONE_DEVICE,
     started: int | None = None,
 ) -> None:
     """Join what `processes` closed writers left in `directory` into a checkpoint; only its name is missing.
 
     `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory that commit markers
     name, by default `directory`. `started`: when the conversion began, nanoseconds since the Unix epoch.
-    `sharding_devices`: see `sharding_metadata`. May be called again after it failed or was interrupted.
+    `mesh`: see `sharding_metadata`. May be called again after it failed or was interrupted.
 
     Raises:
         RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer.
@@ -234,7 +211,7 @@ def finish(
         "custom_metadata": dict(custom_metadata),
     }
     final = final or directory
-    sharding = sharding_metadata(arrays, sharding_devices)
+    sharding = sharding_metadata(arrays, mesh)
     texts = {
         "items/_METADATA": json.dumps(tree_metadata(arrays)),
         "items/_sharding": json.dumps(sharding, separators=(",", ":")),
@@ -263,61 +240,6 @@ def commit(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     _sync(final.parent)
     _sync(partial.parent)
-
-
-def tree_metadata(arrays: Sequence[ArraySpec]) -> dict[str, Any]:
-    """`_METADATA` of MaxText's train state: a scalar `step`, the arrays, an `opt_state` without leaves."""
-    array: dict[str, Any] = {"value_type": "jax.Array", "skip_deserialize": False}
-    values: dict[tuple[str, ...], dict[str, Any]] = {
-        ("step",): {"value_type": "scalar", "skip_deserialize": False},
-        **{a.path: array | {"write_shape": a.shard} for a in arrays},
-        ("opt_state",): {"value_type": "Dict", "skip_deserialize": True},
-    }
-    leaves = {
-        str(path): {
-            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in path],
-            "value_metadata": value,
-        }
-        for path, value in values.items()
-    }
-    return {
-        "tree_metadata": leaves,
-        "use_ocdbt": True,
-        "use_zarr3": True,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-
-
-def sharding_metadata(arrays: Sequence[ArraySpec], devices: int = 1) -> dict[str, str]:
-    """`_sharding`: by the base64 of its name, what Orbax records of an array that `devices` devices hold.
-
-    It matters to a restore that is given no sharding. Orbax then wants devices of the recorded ids: a
-    checkpoint that records 16, Orbax's own too, cannot be restored that way on a smaller machine. Every
-    machine has a device 0, hence one device by default, which is also what MaxText's converter records when
-    it has one. The partition spec names the axis to shard in any case.
-    """
-    named = {}
-    for a in arrays:
-        axes = [AXIS if n > 1 else None for n in a.partition]
-        while axes[1:] and axes[-1] is None:
-            axes.pop()
-        sharding = {
-            "sharding_type": "NamedSharding",
-            "shape": [devices],
-            "axis_names": [AXIS],
-            "axis_types": ["AxisType.Auto"],
-            "partition_spec": axes,
-            "device_mesh": {"mesh": [{"id": i} for i in range(devices)]},
-        }
-        named[base64.b64encode(a.name.encode()).decode()] = json.dumps(sharding)
-    return dict(sorted(named.items()))
-
-
-def array_metadatas(arrays: Sequence[ArraySpec]) -> dict[str, Any]:
-    """`array_metadatas/process_K`: the shapes of a shard and of a chunk of each array."""
-    shapes = [{"param_name": a.name, "write_shape": a.shard, "chunk_shape": a.chunk} for a in arrays]
-    return {"array_metadatas": [{"array_metadata": {**s, "ext_metadata": None}} for s in shapes]}
 
 
 def _chunks(specs: Sequence[ArraySpec]) -> zarr3.Chunks:

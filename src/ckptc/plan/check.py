@@ -89,9 +89,10 @@ def _check_import(plan: Plan) -> None:
         for source in array.sources:
             check_tensors(plan, array, source)
         sources = tuple(_kind(s) for s in array.sources)
-        kind = (array.shape, array.dtype, array.chunk, array.unit, array.shards, array.parts, sources)
+        kind = (array.shape, array.dtype, array.chunk, array.unit, array.shards, array.spec, array.parts, sources)
         if kind not in checked:
             check_array(array)
+            _check_mesh(plan, array)
             checked.add(kind)
         units += prod(-(-n // u) for n, u in zip(array.shape, array.unit, strict=True))
     if units > MAX_UNITS:
@@ -119,6 +120,26 @@ def _check_numbers(plan: Plan) -> None:
         >= 1 << 63
     ):
         raise PlanError("a number is larger than it can be")
+
+
+def _check_mesh(plan: Plan, array: Array) -> None:
+    """With a mesh, shards are those of the array's spec, and whole chunks."""
+    sizes = dict(plan.choices.mesh)
+    if len(sizes) != len(plan.choices.mesh):
+        raise PlanError("its mesh has an axis twice")
+    if not sizes:
+        if array.spec:
+            raise PlanError(f"`{array.name}` is sharded over a mesh, and there is none")
+        return
+    names = [name for over in array.spec for name in over]
+    if len(set(names)) != len(names) or not sizes.keys() >= set(names):
+        raise PlanError(f"`{array.name}` is not sharded over axes of the mesh, each once")
+    found = tuple(prod(sizes[name] for name in over) for over in array.spec) or (1,) * len(array.shape)
+    if found != array.shards:
+        raise PlanError(f"`{array.name}` has shards {list(array.shards)}, its mesh makes {list(found)}")
+    for size, shards, chunk in zip(array.shape, found, array.chunk, strict=True):
+        if shards > 1 and (size % shards or size // shards % chunk):
+            raise PlanError(f"shards of `{array.name}` are not whole chunks")
 
 
 def _kind(source: Source) -> tuple[object, ...]:

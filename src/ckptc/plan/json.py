@@ -80,7 +80,7 @@ def encode(plan: Plan) -> dict[str, Any]:
         "format": FORMAT,
         "digest": "",
         "made": made,
-        "choices": {**_record(plan.choices), "dims": dict(plan.choices.dims)},
+        "choices": _choices(plan.choices),
         "totals": _record(plan.totals),
         "left_out": [_record(x) for x in plan.left_out],
         "files": [_record(x) for x in plan.files],
@@ -96,8 +96,20 @@ def _record(value: Any) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
+def _choices(choices: Choices) -> dict[str, Any]:
+    record = {**_record(choices), "dims": dict(choices.dims), "mesh": [list(axis) for axis in choices.mesh]}
+    if not choices.mesh:
+        del record["mesh"]
+    if choices.compression == "none":
+        del record["compression"]
+    return record
+
+
 def _array(array: Array) -> dict[str, Any]:
     record = _record(array)
+    for key in ("spec", "indivisible"):
+        if not record[key]:
+            del record[key]
     record["path"] = array.name
     record["sources"] = [
         {k: _record(v) if isinstance(v, Decode) else v for k, v in _record(s).items() if v is not None}
@@ -249,7 +261,7 @@ def decode(body: dict[str, Any]) -> Plan:
     try:
         plan = Plan(
             made=Made(**body["made"]),
-            choices=Choices(**{**body["choices"], "dims": tuple(body["choices"]["dims"].items())}),
+            choices=_decode_choices(body["choices"]),
             files=tuple(File(**f) for f in body["files"]),
             tensors=tuple(Tensor(*row) for row in body["tensors"]),
             arrays=tuple(_decode_array(a) for a in body["arrays"]),
@@ -262,11 +274,17 @@ def decode(body: dict[str, Any]) -> Plan:
     return plan
 
 
+def _decode_choices(c: dict[str, Any]) -> Choices:
+    mesh = tuple((name, size) for name, size in c.get("mesh", ()))
+    return Choices(**{**c, "dims": tuple(c["dims"].items()), "mesh": mesh})
+
+
 def _decode_array(a: dict[str, Any]) -> Array:
     return Array(
         path=tuple(a["path"].split("/")), shape=tuple(a["shape"]), dtype=a["dtype"], chunk=tuple(a["chunk"]), unit=tuple(a["unit"]),
         shards=tuple(a["shards"]), axes=tuple(a["axes"]), rule=a["rule"], ops=tuple(a["ops"]),
         sources=tuple(_decode_source(s) for s in a["sources"]), parts=tuple(_decode_part(p) for p in a["parts"]),
+        spec=tuple(map(tuple, a.get("spec", ()))), indivisible=tuple(map(tuple, a.get("indivisible", ()))),
     )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ class Array:
     ops: tuple[str, ...]  # the rule's ops as text, for people
     sources: tuple[Source, ...]
     parts: tuple[Part, ...]  # cover the array once; `Part.source` is a position in `sources`
+    spec: tuple[tuple[str, ...], ...] = ()  # of each axis, the mesh axes that shard it; () without a mesh, or for none
+    indivisible: tuple[tuple[str, ...], ...] = ()  # and those that would, but that do not divide it; () for none
 
     @property
     def name(self) -> str:
@@ -164,6 +166,8 @@ class Choices:
     memory: int
     naming: str  # which of the mapping's `sources`
     dims: tuple[tuple[str, int | float | str | bool], ...]
+    mesh: tuple[tuple[str, int], ...] = ()  # axes of the device mesh that arrays are sharded for, and their sizes
+    compression: str = "none"  # of chunks: or "zstd:<level>", "blosc-lz4"
 
 
 @dataclass(frozen=True)

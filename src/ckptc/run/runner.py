@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import fail
 from ckptc.io.locate import recall
-from ckptc.io.orbax import ArraySpec, Entry, ItemsWriter, commit, finish
+from ckptc.io.orbax import Entry, ItemsWriter, commit, finish
+from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec
 from ckptc.io.reader import RangeReader
 from ckptc.io.restored import custom_metadata_of
 from ckptc.io.zarr3 import grid
@@ -109,6 +110,7 @@ def run(
             final=final,
             started=wall,
             processes=work.writers,
+            mesh=plan.choices.mesh or ONE_DEVICE,
         )
         before_commit(unfinished.checkpoint)
         replace(unfinished, final)
@@ -143,7 +145,10 @@ class _Work:
 
     def __init__(self, plan: Plan, directory: Path, files: list[SourceFile], unfinished: Unfinished, jobs: int) -> None:
         self.plan, self.directory, self.files, self.unfinished = plan, directory, files, unfinished
-        self.specs = [ArraySpec(a.path, a.shape, a.dtype, a.chunk, a.shards) for a in plan.arrays]
+        meshed = bool(plan.choices.mesh)
+        self.specs = [
+            ArraySpec(a.path, a.shape, a.dtype, a.chunk, a.shards, a.spec if meshed else None) for a in plan.arrays
+        ]
         self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self.units = forwards(plan)
         self.todo = [n for n in range(len(self.units)) if n not in unfinished.done]

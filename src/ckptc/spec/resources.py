@@ -28,6 +28,6 @@ def target_file(name: str) -> Path:
 
 @cache
 def schema(name: str) -> dict[str, Any]:
-    """A shipped JSON Schema: `mapping`, `plan` or `target`."""
+    """A shipped JSON Schema: `mapping`, `plan`, `target` or `rules`."""
     loaded: dict[str, Any] = json.loads((_folder("schema") / f"{name}.schema.json").read_text(encoding="utf-8"))
     return loaded

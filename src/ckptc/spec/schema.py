@@ -1,4 +1,4 @@
-"""Mappings against `schema/mapping.schema.json`, and targets against theirs: every violation as a diagnostic at its place in the YAML."""
+"""Mappings, targets and rules against their schemas in `schema/`: every violation as a diagnostic at its place in the YAML."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SHOWN = 60  # characters of a value
 
 
 def check(document: Document, kind: str = "mapping") -> None:
-    """Raises InputError with every violation of the schema of that kind, `mapping` or `target`."""
+    """Raises InputError with every violation of the schema of that kind: `mapping`, `target` or `rules`."""
     if not isinstance(document.data, dict):
         found = "nothing" if document.data is None else _kind(document.data)
         raise InputError(
@@ -154,6 +154,8 @@ def _expected(error: ValidationError) -> str:
             return f"{name} needs at least {_many(allowed, error)}"
         case "maxItems" | "maxProperties":
             return f"{name} takes at most {_many(allowed, error)}"
+        case "uniqueItems":
+            return f"{name} has an item twice"
         case "minLength":
             return f"{name} is empty" if error.instance == "" else f"{name} needs at least {allowed} characters"
         case "maxLength":

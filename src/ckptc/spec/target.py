@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from ckptc.spec.document import load
@@ -74,6 +74,12 @@ class TargetTree:
     mesh_axes: tuple[str, ...]
     rules: Rules
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Every logical axis that an array has."""
+        forms = [form for _, forms in self.arrays for form in forms] + [stack.axes for stack in self.stacks]
+        return frozenset(name for form in forms for name in form if name)
+
     def axes(self, path: tuple[str, ...], rank: int) -> Axes:
         """The logical axes of the array at `path` (variable collection first) with `rank` axes; () if not known.
 
@@ -112,8 +118,8 @@ def target_tree(name: str) -> TargetTree:
 
 
 def typed_rules(data: list[list[Any]]) -> Rules:
-    """Pairs as YAML has them: `[exp, expert]`, `[vocab, [tensor, autoregressive]]`."""
-    return tuple((logical, (mesh,) if isinstance(mesh, str) else tuple(mesh)) for logical, mesh in data)
+    """Pairs as YAML has them: `[exp, expert]`, `[vocab, [tensor, autoregressive]]`, `[kv, null]`."""
+    return tuple((logical, (mesh,) if isinstance(mesh, str) else tuple(mesh or ())) for logical, mesh in data)
 
 
 def _pattern(text: str) -> Pattern:
