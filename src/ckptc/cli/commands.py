@@ -102,6 +102,7 @@ def _compile(args: argparse.Namespace) -> Plan:
         mesh=mesh,
         rules=rules,
         memory=args.memory or Options().memory,
+        link=args.link,
     )
     checkpoint = open_checkpoint(Path(args.source)) if args.source else None
     plan = compile_plan(mapping, model, options, checkpoint)

@@ -174,6 +174,8 @@ def model(record: dict[str, Any]) -> str:
 
 def rules(plan: Plan) -> list[dict[str, Any]]:
     """One record for each rule that made arrays, in the order of the mapping's targets."""
+    from ckptc.plan.links import linked_bytes
+
     out: dict[str, dict[str, Any]] = {}
     for array in plan.arrays:
         record = out.setdefault(
@@ -187,23 +189,29 @@ def rules(plan: Plan) -> list[dict[str, Any]]:
                 "ops": list(array.ops),
                 "write_bytes": 0,
                 **({"spec": [list(over) for over in array.spec]} if plan.choices.mesh else {}),
+                **({"linked_bytes": 0} if plan.choices.link else {}),
             },
         )
         record["arrays"] += 1
         record["tensors"] += sum(len(s.tensors) for s in array.sources)
         record["write_bytes"] += array.nbytes
+        if plan.choices.link:
+            record["linked_bytes"] += linked_bytes(array)
     return list(out.values())
 
 
 def _rules(records: Sequence[dict[str, Any]]) -> str:
     meshed = any("spec" in r for r in records)
-    heading = ("RULE", "ARRAYS", "TENSORS", "BYTES", "TARGET", *(["SHARDED OVER"] if meshed else []), "OPS")
+    links = any("linked_bytes" in r for r in records)
+    optional = (*(["LINKED"] if links else []), "TARGET", *(["SHARDED OVER"] if meshed else []))
+    heading = ("RULE", "ARRAYS", "TENSORS", "BYTES", *optional, "OPS")
     rows = [
         (
             r["rule"],
             str(r["arrays"]),
             str(r["tensors"]),
             size(r["write_bytes"]),
+            *((size(r["linked_bytes"]) if r["linked_bytes"] else "-",) if links else ()),
             f"{r['dtype']}{r['shape']}",
             *([_over(r["spec"])] if meshed else []),
             "; ".join(r["ops"]) or "as it is",
@@ -255,14 +263,18 @@ def summary(plan: Plan) -> str:
         if m.source
         else "the model's shipped numbers; compile with --source to check a checkpoint and get a plan that runs"
     )
+    written = size(t.write_bytes)
+    if t.linked_bytes:
+        written = f"{size(t.write_bytes - t.linked_bytes)} of {written}"
     lines = [
         f"{m.model} ({m.family}), {c.layout}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
         f"reads   {size(t.read_bytes)} of {t.tensors} tensors",
-        f"writes  {size(t.write_bytes)} in {t.arrays} arrays, {count(t.parameters)} parameters",
+        f"writes  {written} in {t.arrays} arrays, {count(t.parameters)} parameters",
         f"memory  {size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {size(c.memory)}",
         *_mesh(plan),
     ]
+    lines += _links(plan)
     for x in plan.left_out:
         if x.tensors:
             lines.append(
@@ -271,11 +283,31 @@ def summary(plan: Plan) -> str:
     return "\n".join([*lines, "", _rules(rules(plan))])
 
 
+def _links(plan: Plan) -> list[str]:
+    """What a plan with `--link` does, and what that costs later."""
+    if not plan.choices.link:
+        return []
+    from ckptc.ops.types import itemsize  # numpy comes with it, which `--help` does not need
+
+    t = plan.totals
+    if not t.linked_bytes:
+        return ["links   nothing: every array has arithmetic, another dtype, or an order that links cannot say"]
+    chunk = max(prod(a.chunk) * itemsize(a.dtype) for a in plan.arrays if a.link is not None)
+    return [
+        f"links   {size(t.linked_bytes)}: the source's files become part of the checkpoint, as hard links",
+        "        Changing them in place afterwards changes the checkpoint; deleting or replacing them does not.",
+        f"        A restore reads and transposes chunks of up to {size(chunk)}, whole: up to 3 times slower, and hosts that "
+        "shard along",
+        "        an axis that tensors are not cut along read the same chunks, each of them.",
+    ]
+
+
 def report(plan: Plan, report: Report) -> str:
     """The line at the end of a run."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
+    linked = f", {size(report.linked_bytes)} linked" if report.linked_bytes else ""
     return (
         f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written to {report.output} "
-        f"in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read, "
+        f"in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read{linked}, "
         f"peak memory {size(report.peak_resident_bytes)}"
     )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ckptc.run.runner import Progress
     from ckptc.run.verify import Verified
 
+SHOWN = 20  # names of linked arrays
+
 
 def verify(args: argparse.Namespace) -> None:
     from ckptc.io.restored import find_step
@@ -39,14 +41,26 @@ def verify(args: argparse.Namespace) -> None:
             step = find_step(Path(args.output))
             source = Path(args.source) if args.source else None
             verified, against = against_source(plan, step, source, args.mapping, on_progress), "source"
-    record = {"arrays": verified.arrays, "bytes": verified.bytes, "against": against}
+    record: dict[str, object] = {"arrays": verified.arrays, "bytes": verified.bytes, "against": against}
+    if verified.linked:
+        record |= {"linked_arrays": verified.linked, "linked_bytes": verified.linked_bytes}
     print(json.dumps(record) if args.json else line(verified, against))
 
 
 def line(verified: Verified, against: str) -> str:
     """What was found, for people."""
     right = "each bit is what the source gives" if against == "source" else "each has the checksum it was written with"
-    return f"verified {verified.arrays} arrays, {render.size(verified.bytes)}: {right}"
+    summed, count = verified.arrays - len(verified.linked), verified.bytes - verified.linked_bytes
+    lines = [f"verified {summed} arrays, {render.size(count)}: {right}"]
+    if verified.linked:
+        size, number = render.size(verified.linked_bytes), len(verified.linked)
+        lines += [
+            f"linked, without checksums: {number} arrays, {size}; their files have the size and the time of change that "
+            "they had, and `ckptc verify PLAN --output DIR` compares the values:",
+            *(f"  {name}" for name in verified.linked[:SHOWN]),
+        ]
+        lines += [f"  and {number - SHOWN} more, which --json lists"] if number > SHOWN else []
+    return "\n".join(lines)
 
 
 def against_source(

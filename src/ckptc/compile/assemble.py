@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 import ckptc
+from ckptc.compile import link
 from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
 from ckptc.compile.mesh import Partition, partition
@@ -23,6 +24,7 @@ from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ops.dequant import MX_GROUP, DequantMxfp4
+from ckptc.plan import links
 from ckptc.plan import model as plan
 from ckptc.spec.mapping import Mapping, Model
 from ckptc.spec.target import TargetTree, target_tree
@@ -63,6 +65,7 @@ def assemble(
             dims=tuple((n, v) for n, v in dims.items() if not isinstance(v, MappingOf)),
             mesh=options.mesh,
             compression=options.compression,
+            link=options.link,
         ),
         files=tuple(plan.File(f.name, f.size, f.header_digest) for f in checkpoint.files) if checkpoint else (),
         tensors=table.rows,
@@ -88,9 +91,9 @@ def _totals(arrays: tuple[plan.Array, ...], table: _Table) -> plan.Totals:
     read = peak = 0
     for array in arrays:
         kinds = tuple(replace(s, tensors=(), decode=s.decode and replace(s.decode, tensors=())) for s in array.sources)
-        key = (array.shape, array.unit, array.dtype, array.parts, kinds)
+        key = (array.shape, array.unit, array.dtype, array.parts, array.link, kinds)
         if key not in accounts:
-            accounts[key] = account(array)
+            accounts[key] = account(array) if array.link is None else link.account(array)
         read, peak = read + accounts[key][0], max(peak, accounts[key][1])
     return plan.Totals(
         arrays=len(arrays),
@@ -99,6 +102,7 @@ def _totals(arrays: tuple[plan.Array, ...], table: _Table) -> plan.Totals:
         read_bytes=read,
         write_bytes=sum(a.nbytes for a in arrays),
         peak_memory_bytes=peak,
+        linked_bytes=sum(map(links.linked_bytes, arrays)),
     )
 
 
@@ -133,8 +137,13 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
     split = partition(axes, shape, options.mesh, options.rules) if options.mesh else Partition((), ())
     shards = split.shards(options.mesh, len(shape)) if options.mesh else shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
+    budget = unit_budget(options.memory)
+    linked = link.choose(shape, dtype, sources, folded.parts, shards, budget) if options.link else None
     try:
-        chunk, unit = fit(shape, dtype, sources, folded.parts, shards, unit_budget(options.memory), bool(options.mesh))
+        if linked:
+            chunk = unit = linked[0]
+        else:
+            chunk, unit = fit(shape, dtype, sources, folded.parts, shards, budget, bool(options.mesh))
     except TooManyUnitsError:
         raise fail(
             "too-little-memory",
@@ -156,6 +165,7 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
         folded.parts,
         spec=split.spec,
         indivisible=split.indivisible if any(split.indivisible) else (),
+        link=linked[1] if linked else None,
     )
 
 

@@ -23,3 +23,4 @@ class Options:
     rules: Rules = ()  # for the mesh
     compression: str = "none"  # of chunks: as `ckptc.plan.model.Choices` has it
     memory: int = 256 * MIB  # bytes of buffers a run may hold
+    link: bool = False  # whether what lies in source files as it is stays there

@@ -11,6 +11,7 @@
         manifest.ocdbt, d/<nodes>    OCDBT: every chunk of every process, by reference
         ocdbt.process_K/             OCDBT: what process K wrote
           manifest.ocdbt, d/<data>, d/<nodes>
+        linked/<file>                source files that hold chunks as they are (`ckptc.io.links`)
 
 Each process appends its chunks to one data file through an `ItemsWriter`, in any order and from any thread; a
 chunk is then known by its key, offset and length. `close` writes the process's index. `finish` reads the
@@ -39,6 +40,7 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import fail
 from ckptc.io import ocdbt, zarr3
+from ckptc.io.links import LINKED, LinkedChunks
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec, Mesh, array_metadatas, sharding_metadata, tree_metadata
 
 # Orbax lets nodes grow to 100 MB, and reads with a cache of 100 MB for all of them: a node near that size is
@@ -173,12 +175,15 @@ def finish(
     final: Path | None = None,
     mesh: Mesh = ONE_DEVICE,
     started: int | None = None,
+    linked: Sequence[LinkedChunks] = (),
+    linked_files: Sequence[str] = (),
 ) -> None:
     """Join what `processes` closed writers left in `directory` into a checkpoint; only its name is missing.
 
     `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory that commit markers
     name, by default `directory`. `started`: when the conversion began, nanoseconds since the Unix epoch.
-    `mesh`: see `sharding_metadata`. May be called again after it failed or was interrupted.
+    `mesh`: see `sharding_metadata`. `linked`: chunks that no process wrote; `linked_files`: the names below
+    `items/linked` of the files that they lie in. May be called again after it failed or was interrupted.
 
     Raises:
         RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer.
@@ -190,6 +195,10 @@ def finish(
         if int(path.name.rpartition("_")[2]) >= processes:
             raise RuntimeError(f"{path.name} is there, but only {processes} processes took part")
         _collect(path, chunks, files)
+    first = len(files)
+    files += [ocdbt.DataFile(f"{LINKED}/".encode(), name.encode()) for name in linked_files]
+    for some in linked:
+        chunks.place(some.array, some.cells, some.offsets, some.files + first)
     missing = [key for _, key, offset in chunks.by_cell() if offset < 0]
     if missing:
         raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
@@ -248,7 +257,7 @@ def _chunks(specs: Sequence[ArraySpec]) -> zarr3.Chunks:
             raise ValueError(f"{a.path} cannot be the path of an array beside `step` and `opt_state`")
         if len(a.partition) != len(a.shape):
             raise ValueError(f"{a.name} has shape {a.shape} and partition {a.partition}")
-    return zarr3.Chunks(zarr3.Array(a.name, a.shape, a.dtype, a.chunk) for a in specs)
+    return zarr3.Chunks(zarr3.Array(a.name, a.shape, a.dtype, a.chunk, a.order) for a in specs)
 
 
 def _collect(root: Path, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> None:

@@ -33,6 +33,7 @@ class ArraySpec:
     spec: tuple[tuple[str, ...], ...] | None = (
         None  # of each axis, the mesh axes that shard it; None: AXIS, where it is
     )
+    order: tuple[int, ...] | None = None  # axes, slowest first, as chunks are stored; None: as they are
 
     @property
     def name(self) -> str:

@@ -57,6 +57,11 @@ def bytes_codec(dtype: str) -> dict[str, Any]:
     return {"name": "bytes", "configuration": {"endian": "little"}}
 
 
+def transpose_codec(order: Sequence[int]) -> dict[str, Any]:
+    """The codec that puts a chunk's axes in another order, before they are stored row-major: slowest first."""
+    return {"name": "transpose", "configuration": {"order": list(order)}}
+
+
 def array_metadata(
     shape: Sequence[int], dtype: str, chunk: Sequence[int], *, codecs: Sequence[dict[str, Any]] | None = None
 ) -> bytes:
@@ -96,20 +101,25 @@ def chunk_key(index: Sequence[int]) -> str:
 class Array:
     """An array without compression: its chunks in the grid, in the key space, as bytes.
 
-    A chunk's cell is the row-major number of its index in the grid.
+    A chunk's cell is the row-major number of its index in the grid. `order`: the axes, slowest first, in the order
+    that a chunk's elements are stored in; by default the array's own.
 
     Raises:
         ValueError: as `array_metadata`, or a name that chunk keys cannot begin with.
     """
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: str, chunk: Sequence[int]) -> None:
+    def __init__(
+        self, name: str, shape: Sequence[int], dtype: str, chunk: Sequence[int], order: Sequence[int] | None = None
+    ) -> None:
         if not name or "/" in name:
             raise ValueError(f"`{name}` cannot be the name of an array: it is empty or has a slash")
         self.name = name
         self.shape = tuple(shape)
         self.chunk = tuple(chunk)
         self.metadata_key = f"{name}/zarr.json"
-        self.metadata = array_metadata(shape, dtype, chunk)
+        self.order = None if order is None or list(order) == list(range(len(order))) else tuple(order)
+        codecs = [transpose_codec(self.order), bytes_codec(dtype)] if self.order else None
+        self.metadata = array_metadata(shape, dtype, chunk, codecs=codecs)
         self.grid = grid(shape, chunk)
         self.chunks = math.prod(self.grid)
         self.itemsize = numpy_dtype(dtype).itemsize
@@ -136,7 +146,7 @@ class Array:
     def data(self, index: Sequence[int], data: memoryview | npt.NDArray[Any]) -> memoryview:
         """The bytes to store for a chunk, not copied if `data` has them as they are.
 
-        `data`: all bytes of a whole chunk; or an ndarray of the chunk's shape; or one of the part of the
+        `data`: all bytes of a whole chunk, as they are stored; or an ndarray of the chunk's shape; or one of the part of the
         chunk that lies inside the array, which is padded to a whole chunk with the fill value, zero.
 
         Raises:
@@ -154,6 +164,8 @@ class Array:
                 whole = np.zeros(self.chunk, dtype=data.dtype)
                 whole[tuple(map(slice, inside))] = data
                 data = whole
+            if self.order:
+                data = data.transpose(self.order)
             # As uint8, since ml_dtypes' types have no buffers.
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         view = data.cast("B")
@@ -195,6 +207,12 @@ class Chunks:
         if self.offsets[array][cell] != ABSENT:
             raise ValueError(f"{key} is there twice")
         self.offsets[array][cell], self._files[array][cell] = offset, file
+
+    def place(self, array: int, cells: npt.NDArray[Any], offsets: npt.NDArray[Any], files: npt.NDArray[Any]) -> None:
+        """Say where some of an array's chunks are: int64[n] each. ValueError when one of them is known."""
+        if (self.offsets[array][cells] != ABSENT).any():
+            raise ValueError(f"a chunk of {self.arrays[array].name} is there twice")
+        self.offsets[array][cells], self._files[array][cells] = offsets, files
 
     def by_cell(self) -> Iterator[tuple[Array, str, int]]:
         """Every chunk's array, key and offset, array by array, cell by cell."""

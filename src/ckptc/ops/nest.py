@@ -141,12 +141,12 @@ def split_axis(axis: AxisMap, inner: int, join: bool = True) -> list[tuple[AxisM
     out = []
     for low, high in pairwise(cuts):
         for m, step, tensor in restrict(axis, low, high):
-            pieces = _split(m.start + low, (), _joined(m.factors) if join else m.factors, inner)
+            pieces = _split(m.start + low, (), joined(m.factors) if join else m.factors, inner)
             out += [(outer, rest, step + s, tensor + t) for outer, rest, s, t in pieces]
     return out
 
 
-def _joined(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
+def joined(factors: tuple[Factor, ...]) -> tuple[Factor, ...]:
     """The same loops with adjacent ones that advance as one made one."""
     out: list[Factor] = []
     for f in factors:

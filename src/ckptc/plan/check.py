@@ -17,6 +17,7 @@ from ckptc.diagnostics import fail
 from ckptc.ops.dequant import decode_op
 from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import Axis, OpError, TensorType, is_float, itemsize
+from ckptc.plan.links import linked_bytes
 from ckptc.plan.model import Array, Decode, Plan, Source
 
 # What arrays are stored in: the dtypes that both formats have. Tensors may be of a few more.
@@ -89,7 +90,8 @@ def _check_import(plan: Plan) -> None:
         for source in array.sources:
             check_tensors(plan, array, source)
         sources = tuple(_kind(s) for s in array.sources)
-        kind = (array.shape, array.dtype, array.chunk, array.unit, array.shards, array.spec, array.parts, sources)
+        stored = (array.chunk, array.unit, array.shards, array.spec, array.link)
+        kind = (array.shape, array.dtype, stored, array.parts, sources)
         if kind not in checked:
             check_array(array)
             _check_mesh(plan, array)
@@ -107,6 +109,8 @@ def _check_numbers(plan: Plan) -> None:
     found = (len(made), sum(a.size for a in made), sum(a.nbytes for a in made))
     if stated != found:
         raise PlanError("its totals are not those of its arrays")
+    if t.linked_bytes != sum(map(linked_bytes, plan.arrays)):
+        raise PlanError("its arrays do not link what its totals say")
     if (
         max(
             t.tensors,
@@ -178,6 +182,8 @@ def _check_array(array: Array) -> None:
     for size, chunk, unit in zip(array.shape, array.chunk, array.unit, strict=True):
         if chunk > unit or unit > size or (unit % chunk and unit != size):
             raise ValueError(f"chunk {list(array.chunk)} does not fit unit {list(array.unit)} of {list(array.shape)}")
+    if array.link is not None and (sorted(array.link) != list(range(rank)) or array.unit != array.chunk):
+        raise ValueError(f"chunks cannot be stored in the order {list(array.link)} of its axes, and made one by one")
     if array.dtype not in DTYPES or array.dtype in UNSTORED:
         raise ValueError(f"{array.dtype} is no dtype of an array")
     for part in array.parts:

@@ -81,7 +81,7 @@ def encode(plan: Plan) -> dict[str, Any]:
         "digest": "",
         "made": made,
         "choices": _choices(plan.choices),
-        "totals": _record(plan.totals),
+        "totals": _totals(plan.totals),
         "left_out": [_record(x) for x in plan.left_out],
         "files": [_record(x) for x in plan.files],
         "arrays": [_array(x) for x in plan.arrays],
@@ -102,6 +102,15 @@ def _choices(choices: Choices) -> dict[str, Any]:
         del record["mesh"]
     if choices.compression == "none":
         del record["compression"]
+    if not choices.link:
+        del record["link"]
+    return record
+
+
+def _totals(totals: Totals) -> dict[str, Any]:
+    record = _record(totals)
+    if not totals.linked_bytes:
+        del record["linked_bytes"]
     return record
 
 
@@ -116,6 +125,8 @@ def _array(array: Array) -> dict[str, Any]:
         for s in array.sources
     ]
     record["parts"] = [_part(p) for p in array.parts]
+    if array.link is None:
+        del record["link"]
     return record
 
 
@@ -285,6 +296,7 @@ def _decode_array(a: dict[str, Any]) -> Array:
         shards=tuple(a["shards"]), axes=tuple(a["axes"]), rule=a["rule"], ops=tuple(a["ops"]),
         sources=tuple(_decode_source(s) for s in a["sources"]), parts=tuple(_decode_part(p) for p in a["parts"]),
         spec=tuple(map(tuple, a.get("spec", ()))), indivisible=tuple(map(tuple, a.get("indivisible", ()))),
+        link=tuple(a["link"]) if "link" in a else None,
     )  # fmt: skip
 
 

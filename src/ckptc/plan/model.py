@@ -97,6 +97,8 @@ class Array:
     parts: tuple[Part, ...]  # cover the array once; `Part.source` is a position in `sources`
     spec: tuple[tuple[str, ...], ...] = ()  # of each axis, the mesh axes that shard it; () without a mesh, or for none
     indivisible: tuple[tuple[str, ...], ...] = ()  # and those that would, but that do not divide it; () for none
+    link: tuple[int, ...] | None = None  # the axes, slowest first, in the order that chunks are stored in; then chunks
+    # that lie so in a source file are linked, not made (`ckptc.plan.links`)
 
     @property
     def name(self) -> str:
@@ -140,6 +142,7 @@ class Totals:
     read_bytes: int
     write_bytes: int
     peak_memory_bytes: int  # of buffers: the largest unit
+    linked_bytes: int = 0  # of `write_bytes`, what is not written: it stays in the source's files
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,7 @@ class Choices:
     dims: tuple[tuple[str, int | float | str | bool], ...]
     mesh: tuple[tuple[str, int], ...] = ()  # axes of the device mesh that arrays are sharded for, and their sizes
     compression: str = "none"  # of chunks: or "zstd:<level>", "blosc-lz4"
+    link: bool = False  # whether chunks that lie in source files stay there
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     <output>/.ckptc-lock             held by the living run: two runs into one output exclude each other
     <output>/.ckptc-unfinished/
         plan                         digest of the one plan that all of this belongs to
+        linked                       there once source files have been linked into the checkpoint
         journal.K                    what writer K has made durable: its data file, then a line for each batch of units
         checkpoint/                  the unfinished checkpoint, renamed when it is whole
         replaced/                    an older output, for the moment between two renames
@@ -68,6 +69,10 @@ class Unfinished:
     @property
     def checkpoint(self) -> Path:
         return self.directory / "checkpoint"
+
+    def note_links(self) -> None:
+        """Says that links have been made: of a plan that only links, nothing else tells that a run was under way."""
+        _write(self.directory / "linked", "")
 
     def forget(self) -> None:
         """Removes what is unfinished, the lock's file included; `release` is still to be called."""
@@ -139,7 +144,7 @@ def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool)
         _keep(directory, ())
         _write(directory / "plan", plan_digest)
         return
-    if not unfinished.checkpoint.exists() and any(_journals(directory)):
+    if not unfinished.checkpoint.exists() and (any(_journals(directory)) or (directory / "linked").exists()):
         unfinished.committed = True
         return
     for process, path in _journals(directory):

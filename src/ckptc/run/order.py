@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ckptc.ops.nest import restrict_part
+from ckptc.plan import links
 from ckptc.plan.model import Box, Plan
 
 
@@ -14,11 +15,11 @@ class Unit(NamedTuple):
 
 
 def forwards(plan: Plan) -> list[Unit]:
-    """Every unit of the plan. Tensors are numbered as they lie in the files, so a tensor's number and an offset order reads."""
+    """Every unit of the plan that is made. Tensors are numbered as they lie in the files, so a tensor's number and an offset order reads."""
     keyed = []
     for number, array in enumerate(plan.arrays):
         main = max((p for p in array.parts if p.source is not None), key=lambda p: p.size, default=None)
-        for box in array.units():
+        for box in links.made(array):
             found = restrict_part(main, box) if main else []
             if main is not None and found:
                 source = array.sources[main.source or 0]

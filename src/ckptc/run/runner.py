@@ -24,6 +24,7 @@ from ckptc.ops.types import itemsize
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
 from ckptc.run.journal import UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums, replace
+from ckptc.run.linking import Linked, link
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.order import forwards
 from ckptc.run.pool import Shared, run_workers
@@ -51,6 +52,7 @@ class Report:
     write_bytes: int
     seconds: float
     peak_resident_bytes: int
+    linked_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def run(
     plan's. `before_commit` is given the directory of the finished checkpoint; when it raises, that stays unfinished.
 
     Raises InputError: `abstract-plan`, `unknown-source`, `output-exists`, what `ckptc.run.preflight` and
-    `open_unfinished` raise, what reading files may raise, `worker-died`, `out-of-memory`, and `disk-full` or
+    `open_unfinished` raise, `cannot-link`, what reading files may raise, `worker-died`, `out-of-memory`, and `disk-full` or
     `unwritable-output` when the system refuses to write.
     """
     started, wall = time.perf_counter(), time.time_ns()
@@ -97,20 +99,23 @@ def run(
     try:
         if unfinished.committed and _is_of(final, digest):
             unfinished.forget()
-            return Report(str(final), 0, plan.totals.write_bytes, time.perf_counter() - started, peak_resident_bytes())
+            return _report(plan, final, 0, _copied(plan), started)
         if not settings.force:
             _refuse_existing(final)
+        linked = link(plan, directory, files, unfinished)
         work = _Work(plan, directory, files, unfinished, settings.jobs)
         check_room(output, work.to_write)
         work.execute(on_progress)
         finish(
             unfinished.checkpoint,
             work.specs,
-            custom_metadata=custom_metadata(plan, digest, read_sums(unfinished)),
+            custom_metadata=custom_metadata(plan, digest, read_sums(unfinished), linked),
             final=final,
             started=wall,
             processes=work.writers,
             mesh=plan.choices.mesh or ONE_DEVICE,
+            linked=linked.chunks,
+            linked_files=list(linked.files),
         )
         before_commit(unfinished.checkpoint)
         replace(unfinished, final)
@@ -120,8 +125,17 @@ def run(
         raise output_error(output, error) from None
     finally:
         unfinished.release()
+    return _report(plan, final, work.shared.read, work.made, started)
+
+
+def _report(plan: Plan, final: Path, read: int, written: int, started: float) -> Report:
     seconds = time.perf_counter() - started
-    return Report(str(final), work.shared.read, work.made, seconds, peak_resident_bytes())
+    return Report(str(final), read, written, seconds, peak_resident_bytes(), plan.totals.linked_bytes)
+
+
+def _copied(plan: Plan) -> int:
+    """Bytes of the arrays that a run makes."""
+    return plan.totals.write_bytes - plan.totals.linked_bytes
 
 
 def _refuse_existing(final: Path) -> None:
@@ -147,7 +161,8 @@ class _Work:
         self.plan, self.directory, self.files, self.unfinished = plan, directory, files, unfinished
         meshed = bool(plan.choices.mesh)
         self.specs = [
-            ArraySpec(a.path, a.shape, a.dtype, a.chunk, a.shards, a.spec if meshed else None) for a in plan.arrays
+            ArraySpec(a.path, a.shape, a.dtype, a.chunk, a.shards, a.spec if meshed else None, a.link)
+            for a in plan.arrays
         ]
         self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self.units = forwards(plan)
@@ -171,11 +186,11 @@ class _Work:
             prod(a.chunk) * itemsize(a.dtype) * prod(g) for a, g in zip(self.plan.arrays, self.grids, strict=True)
         )
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
-        return stored - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
+        return stored - self.plan.totals.linked_bytes - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
     def execute(self, on_progress: Callable[[Progress], None]) -> None:
         """Makes every unit that is not done, and closes every writer, those of earlier runs included."""
-        total = self.plan.totals.write_bytes
+        total = _copied(self.plan)
 
         def watch() -> None:
             unit = self.units[self.todo[min(self.shared.unit, len(self.todo) - 1)] if self.todo else -1]
@@ -253,14 +268,19 @@ def find_source(plan: Plan, source: Path | None) -> Path:
     return found
 
 
-def custom_metadata(plan: Plan, digest: str, sums: dict[int, int]) -> dict[str, Any]:
-    """What Orbax keeps with the checkpoint: MaxText's own key, what made it, and each array's checksum."""
-    sealed = {a.name: checksum.seal(sums.get(n, 0), a.shape, a.dtype, a.chunk) for n, a in enumerate(plan.arrays)}
+def custom_metadata(plan: Plan, digest: str, sums: dict[int, int], linked: Linked) -> dict[str, Any]:
+    """What Orbax keeps with the checkpoint: MaxText's own key, what made it, and each array's checksum; of arrays that
+    are linked and were not read, which files hold them."""
+    sealed = {
+        a.name: checksum.seal(sums.get(n, 0), a.shape, a.dtype, a.chunk)
+        for n, a in enumerate(plan.arrays)
+        if n not in linked.arrays
+    }
     return {
         "scan_layers": plan.choices.layout == "scanned",
         "ckptc": {
             "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family,
             "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest,
-            "checksum": checksum.NAME, "checksums": sealed,
+            "checksum": checksum.NAME, "checksums": sealed, **linked.metadata(plan),
         },
     }  # fmt: skip

@@ -4,7 +4,8 @@ Two ways, both with bounded memory:
 
 - `compare`: against the source. What each array must be is made the straight way (`ckptc.run.straight`), and the stored
   one is read through TensorStore by Orbax's own metadata (`ckptc.io.restored`). Nothing of the executor takes part.
-- `check_sums`: against the checksums that the run noted in the checkpoint's metadata. No source, no plan.
+- `check_sums`: against the checksums that the run noted in the checkpoint's metadata. No source, no plan. Arrays that
+  lie in linked files have none, since the run did not read them: the files' sizes and times of change are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.io.restored import Pending, RestoredArray, custom_metadata_of, open_restored
+from ckptc.io.links import changed
+from ckptc.io.restored import ITEMS, Pending, RestoredArray, custom_metadata_of, open_restored
 from ckptc.io.zarr3 import grid
 from ckptc.ir.graph import Graph, Target
 from ckptc.ops.types import itemsize
@@ -43,6 +45,8 @@ class Verified:
 
     arrays: int
     bytes: int
+    linked: tuple[str, ...] = ()  # of the arrays, those of which only the linked files' sizes and times were compared
+    linked_bytes: int = 0  # of `bytes`, theirs
 
 
 @dataclass
@@ -90,21 +94,25 @@ def compare(
 
 
 def check_sums(step: Path, on_progress: OnProgress = _nothing) -> Verified:
-    """Holds every array in `step` against the checksum that the run noted.
+    """Holds every array in `step` against the checksum that the run noted, or its linked files against theirs.
 
     Raises InputError: `no-checksums`, or a diagnostic for each array: `missing-array`, `extra-array`,
-    `checksum-differs`, `damaged-output`.
+    `checksum-differs`, `damaged-output`; and `linked-changed` for each linked file.
     """
     stored, sums = open_restored(step), _Sums(step)
-    if not sums.known:
+    if not sums.known and not sums.linked:
         raise fail(
             "no-checksums",
             f"{step} has no checksums",
             help="ckptc notes them since it writes them; `ckptc verify PLAN --output DIR` compares with the source",
         )
-    problems = [_missing(name) for name in sorted(sums.known.keys() - stored.keys())]
-    problems += [_extra(name) for name in sorted(stored.keys() - sums.known.keys())]
-    total, done = sum(_nbytes(a) for a in stored.values()), 0
+    noted = sums.known.keys() | sums.linked
+    problems = [_missing(name) for name in sorted(noted - stored.keys())]
+    problems += [_extra(name) for name in sorted(stored.keys() - noted)]
+    problems += changed(step / ITEMS, sums.files)
+    total = sum(_nbytes(a) for a in stored.values())
+    linked = tuple(sorted(stored.keys() & (sums.linked - sums.known.keys())))
+    linked_bytes = done = sum(_nbytes(stored[name]) for name in linked)
     for name in sorted(stored.keys() & sums.known.keys()):
         array, summer, found = stored[name], checksum.Summer(), 0
         try:
@@ -117,7 +125,7 @@ def check_sums(step: Path, on_progress: OnProgress = _nothing) -> Verified:
         on_progress(done, total, name)
     if problems:
         raise InputError(problems)
-    return Verified(len(stored), total)
+    return Verified(len(stored), total, linked, linked_bytes)
 
 
 def _unlike(
@@ -218,13 +226,18 @@ def _nbytes(array: RestoredArray) -> int:
 
 
 class _Sums:
-    """The checksums that a run noted, by array; none where it noted none, or in a way this ckptc does not know."""
+    """The checksums that a run noted, by array; none where it noted none, or in a way this ckptc does not know. And
+    the arrays that it linked, and the linked files."""
 
     def __init__(self, step: Path) -> None:
         custom = custom_metadata_of(step).get("ckptc")
         made = custom if isinstance(custom, dict) else {}
         known = made.get("checksums") if made.get("checksum") == checksum.NAME else None
         self.known: dict[str, Any] = known if isinstance(known, dict) else {}
+        linked = made.get("linked")
+        files, arrays = (linked.get("files"), linked.get("arrays")) if isinstance(linked, dict) else ({}, [])
+        self.files: dict[str, Any] = files if isinstance(files, dict) else {}
+        self.linked = {str(name) for name in arrays} if isinstance(arrays, list) else set[str]()
 
     def differ(self, array: RestoredArray, total: int) -> list[Diagnostic]:
         found, expected = checksum.seal(total, array.shape, array.dtype, array.chunk), self.known.get(array.name)

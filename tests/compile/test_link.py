@@ -1,0 +1,76 @@
+"""Chunks for links: as large as they may be, aligned where that is worth it, and none where copying is better."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckptc.compile.compiler import compile_plan
+from ckptc.compile.link import LEAST, MOST, choose
+from ckptc.compile.options import Options
+from ckptc.ops.nest import AxisMap, Factor, Part, whole
+from ckptc.plan.links import linked_bytes
+from ckptc.plan.model import Source
+from ckptc.spec.mapping import find_model
+
+BUDGET = 64 << 20
+EMBED, MLP = 4096, 14336
+KERNEL = Source("bfloat16", (MLP, EMBED), tuple(range(32)))
+
+
+def test_a_transposed_stack_is_cut_along_what_its_source_stores_slowest() -> None:
+    turned = Part(0, 0, 0, (whole(EMBED, 1), whole(32, 0, 1), whole(MLP, EMBED)))
+    chunk, order = choose((EMBED, 32, MLP), "bfloat16", (KERNEL,), (turned,), (16, 1, 1), BUDGET) or ((), ())
+    assert chunk == (EMBED, 1, 2048) and order == (1, 2, 0)
+    assert 2048 * EMBED * 2 <= MOST
+
+
+def test_no_transposition_is_stated_where_there_is_none() -> None:
+    plain = Part(0, 0, 0, (whole(MLP, EMBED), whole(32, 0, 1), whole(EMBED, 1)))
+    chunk, order = choose((MLP, 32, EMBED), "bfloat16", (KERNEL,), (plain,), (1, 1, 1), BUDGET) or ((), ())
+    assert chunk == (2048, 1, EMBED) and order == (0, 1, 2)
+
+
+def test_shards_are_whole_chunks_where_the_source_is_cut_so() -> None:
+    plain = Part(0, 0, 0, (whole(MLP, EMBED), whole(EMBED, 1)))
+    chunk, _ = choose((MLP, EMBED), "bfloat16", (KERNEL,), (plain,), (16, 1), BUDGET) or ((), ())
+    assert chunk == (MLP // 16, EMBED)
+
+
+def test_chunks_end_where_padding_begins_if_they_stay_large() -> None:
+    def padded(rows: int, size: int) -> tuple[int, ...]:
+        parts = (
+            Part(0, 0, 0, (whole(rows, EMBED), whole(EMBED, 1))),
+            Part(None, 0, 0, (AxisMap(rows, (Factor(size - rows, 1, 0),)), whole(EMBED, 0))),
+        )
+        source = Source("bfloat16", (rows, EMBED), (0,))
+        return (choose((size, EMBED), "bfloat16", (source,), parts, (1, 1), BUDGET) or ((), ()))[0]
+
+    assert padded(128256, 128512) == (256, EMBED)
+    assert padded(128256, 128260) == (2004, EMBED)  # 4 rows of 8 kB are too small: the last chunk straddles
+
+
+def test_what_lies_in_small_pieces_is_copied() -> None:
+    """A permutation inside of heads leaves single rows of 8 kB."""
+    inside = AxisMap(0, (Factor(64, 2, EMBED), Factor(2, 1, 64 * EMBED)))
+    rope = Part(0, 0, 0, (whole(EMBED, 1), whole(32, 128 * EMBED), inside))
+    assert EMBED * 2 < LEAST
+    source = Source("bfloat16", (EMBED, EMBED), (0,))
+    assert choose((EMBED, 32, 128), "bfloat16", (source,), (rope,), (1, 1, 1), BUDGET) is None
+
+
+def test_whole_tensors_are_linked_however_small() -> None:
+    norm = Part(0, 0, 0, (whole(128, 1), whole(32, 0, 1)))
+    source = Source("bfloat16", (128,), tuple(range(32)))
+    assert choose((128, 32), "bfloat16", (source,), (norm,), (1, 1), BUDGET) == ((128, 1), (0, 1))
+
+
+@pytest.mark.parametrize("layout", ["scanned", "unscanned"])
+@pytest.mark.parametrize(
+    ("name", "least"), [("qwen3-235b-a22b", 1.0), ("deepseek3-671b", 0.9999999), ("gemma3-4b", 0.8)]
+)
+def test_models_are_linked_but_for_their_arithmetic(name: str, layout: str, least: float) -> None:
+    plan = compile_plan(*find_model(name), Options(layout=layout, link=True))
+    assert plan.totals.linked_bytes >= least * plan.totals.write_bytes
+    copied = [a for a in plan.arrays if not linked_bytes(a)]
+    assert all(part.math for a in copied for part in a.parts if part.source is not None)
+    assert plan.totals.peak_memory_bytes <= BUDGET
