@@ -293,9 +293,25 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Exporter, "padding", broken)
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(InputError, match=r"unwritable-output.*gone"):
+        export(plan, tmp_path / "hf", saved, case.hf)
+    assert not (tmp_path / "hf").exists()
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(InputError, match="gone"):
         export(plan, tmp_path / "hf", saved, case.hf)
     assert os.listdir(tmp_path / "hf") == []
+
+
+def test_too_little_room_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["qwen3_moe"]
+    saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
+    plan = export_plan(case, saved)
+    full = os.statvfs_result((4096, 4096, 1000, 9, 9, 9, 9, 9, 0, 255))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: full)
+        with pytest.raises(InputError, match="disk-full"):
+            export(plan, tmp_path / "hf", saved, case.hf)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_told(tmp_path: Path) -> None:

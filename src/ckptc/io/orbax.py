@@ -233,6 +233,14 @@ def finish(
         _write(directory / name, text.encode())
 
 
+def make_durable(directory: Path) -> None:
+    """Has the system write all of a directory to the disk."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
 def commit(partial: Path, final: Path) -> None:
     """Make everything in `partial` durable, then give it its final name: after a crash, all is there or none.
 
@@ -241,10 +249,7 @@ def commit(partial: Path, final: Path) -> None:
     """
     if final.exists():
         raise fail("output-exists", f"the output `{final}` exists", help="choose another one, or remove it")
-    for folder, _, names in os.walk(partial, topdown=False):
-        for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
+    make_durable(partial)
     final.parent.mkdir(parents=True, exist_ok=True)
     os.rename(partial, final)
     _sync(final.parent)

@@ -1,21 +1,25 @@
 """safetensors files written in any order, at places known beforehand, under their final names only when all of them
 are whole.
 
-    <directory>/.model-00001-of-00002.safetensors.ckptc-unfinished    while it is written: header first, then boxes at
-    their places <directory>/model-00001-of-00002.safetensors                      renamed when every file is on the
-    disk <directory>/model.safetensors.index.json, config.json             last, so that a directory with a config is a
-    whole checkpoint
+    <directory>/.NAME.ckptc-unfinished    a file while it is written: header first, then boxes at their places
+    <directory>/.ckptc-commit             from when every file is whole and on the disk until all have their names: which
+                                          ones are new, and which were there
+    <directory>/.NAME.ckptc-replaced      one that was there, meanwhile
+    <directory>/NAME                      config.json last, so that a directory with a config is a whole checkpoint
 
-An interrupted run leaves nothing but hidden files of a name that no reader takes for weights; the next run removes
-them. The directory is locked while files are written to it.
+An interrupted run leaves nothing but hidden files of names that no reader takes for weights; the next run removes them.
+One that is interrupted while files get their names is undone by the next run: what was there is there again. The
+directory is locked while files are written to it.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,6 +34,8 @@ from ckptc.io.checkpoint import CONFIG, INDEX
 from ckptc.io.reader import resolve
 
 UNFINISHED = ".ckptc-unfinished"
+REPLACED = ".ckptc-replaced"
+COMMIT = ".ckptc-commit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +50,29 @@ class FileSpec:
 class CheckpointWriter:
     """The files of one checkpoint. A context manager: leaving it without `commit` removes what was written.
 
-    Raises InputError: `output-exists` (unless `force`), `output-busy`, `unwritable-output`.
+    Raises InputError: `output-exists` (unless `force`), `output-busy`; OSError, here and in every method, when the
+    system refuses to write.
     """
 
     def __init__(self, directory: Path, files: Sequence[FileSpec], *, force: bool = False) -> None:
         self._directory, self._files = directory, tuple(files)
         self._descriptors: list[int] = []
         self._committed = False
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise fail("unwritable-output", f"cannot write to {directory}: {error.strerror}") from None
+        self._made = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self._claim(force)
-            for file in self._files:
-                self._descriptors.append(self._create(file))
         except BaseException:
             self._discard()
             raise
+
+    def create(self) -> None:
+        """Takes the room for every file, and writes what each begins with."""
+        for file in self._files:
+            self._descriptors.append(os.open(self._temporary(file.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
+            _reserve(self._descriptors[-1], file.size)
+            _write_all(self._descriptors[-1], memoryview(file.header), 0)
 
     def _claim(self, force: bool) -> None:
         try:
@@ -75,8 +85,9 @@ class CheckpointWriter:
                 f"another run is writing to {self._directory}",
                 help="wait for it, or choose another --output",
             ) from None
+        self._undo()
         for name in os.listdir(self._directory):
-            if name.endswith(UNFINISHED):
+            if name.startswith(".") and name.endswith((UNFINISHED, REPLACED)):
                 (self._directory / name).unlink()
         self._replaced = [
             n for n in sorted(os.listdir(self._directory)) if n in (CONFIG, INDEX) or n.endswith(".safetensors")
@@ -88,24 +99,31 @@ class CheckpointWriter:
                 help="choose another --output, or use --force to replace it",
             )
 
+    def _undo(self) -> None:
+        """Takes back the names that an interrupted `commit` gave, if it had not given all of them."""
+        try:
+            names: dict[str, list[str]] = json.loads((self._directory / COMMIT).read_bytes())
+        except FileNotFoundError:
+            return
+        if any(self._temporary(name).exists() for name in names["new"]):
+            for name in names["new"]:
+                if not self._temporary(name).exists():
+                    self._final(name).unlink(missing_ok=True)
+            for name in names["old"]:
+                with suppress(FileNotFoundError):
+                    os.rename(self._aside(name), self._final(name))
+        os.fsync(self._lock)
+        (self._directory / COMMIT).unlink()
+        os.fsync(self._lock)
+
+    def _final(self, name: str) -> Path:
+        return resolve(self._directory, name)
+
     def _temporary(self, name: str) -> Path:
         return resolve(self._directory, f".{name}{UNFINISHED}")
 
-    def _create(self, file: FileSpec) -> int:
-        try:
-            descriptor = os.open(self._temporary(file.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                _reserve(descriptor, file.size)
-                _write_all(descriptor, memoryview(file.header), 0)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        except OSError as error:
-            raise fail(
-                "unwritable-output",
-                f"cannot write {file.name} of {file.size} bytes to {self._directory}: {error.strerror}",
-            ) from None
-        return descriptor
+    def _aside(self, name: str) -> Path:
+        return resolve(self._directory, f".{name}{REPLACED}")
 
     def write_box(
         self, file: int, begin: int, shape: Sequence[int], box: Sequence[tuple[int, int]], data: npt.NDArray[Any]
@@ -144,26 +162,26 @@ class CheckpointWriter:
         """
         for descriptor in self._descriptors:
             os.fsync(descriptor)
-        for name in reversed(self._replaced):  # the index goes before what it names
-            (self._directory / name).unlink()
-        for file in self._files:
-            os.rename(self._temporary(file.name), resolve(self._directory, file.name))
         for name, source in copies.items():
-            self._put(name, source.read_bytes())
-        os.fsync(self._lock)
+            _put(self._temporary(name), source.read_bytes())
         for name, text in texts.items():
-            self._put(name, text.encode())
+            _put(self._temporary(name), text.encode())
+        new = [*(f.name for f in self._files), *copies, *texts]
+        there = {*self._replaced, *(name for name in new if os.path.lexists(self._final(name)))}
+        old = sorted(there, key=lambda name: (name != CONFIG, name != INDEX, name))  # first what makes it a checkpoint
+        _put(self._temporary(COMMIT), json.dumps({"new": new, "old": old}).encode())
+        os.rename(self._temporary(COMMIT), self._directory / COMMIT)
+        os.fsync(self._lock)
+        for name in old:
+            os.rename(self._final(name), self._aside(name))
+        for name in new:
+            os.rename(self._temporary(name), self._final(name))
+        os.fsync(self._lock)
+        (self._directory / COMMIT).unlink()
         os.fsync(self._lock)
         self._committed = True
-
-    def _put(self, name: str, content: bytes) -> None:
-        """A file whole or not at all."""
-        temporary = self._temporary(name)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, resolve(self._directory, name))
+        for name in old:
+            self._aside(name).unlink()
 
     def _discard(self) -> None:
         for descriptor in self._descriptors:
@@ -172,8 +190,12 @@ class CheckpointWriter:
         if self._lock < 0:
             return
         if not self._committed:
-            for file in self._files:
-                self._temporary(file.name).unlink(missing_ok=True)
+            self._undo()
+            for path in self._directory.glob(f".*{UNFINISHED}"):
+                path.unlink()
+            if self._made:
+                with suppress(OSError):
+                    self._directory.rmdir()
         os.close(self._lock)
         self._lock = -1
 
@@ -196,6 +218,14 @@ def _reserve(descriptor: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)
+
+
+def _put(path: Path, content: bytes) -> None:
+    """A file on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_all(descriptor: int, view: memoryview, at: int) -> None:

@@ -34,8 +34,10 @@ from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box, Plan
 from ckptc.plan.outputs import INDEX, Exported, Kind, Outputs, Padding, Stored, config_text, header, index
 from ckptc.plan.regions import Region, indices, needs, padding_region, place_in, within
+from ckptc.run.journal import output_error
 from ckptc.run.kernel import Conversion, Kernel, Loop
 from ckptc.run.memory import peak_resident_bytes
+from ckptc.run.preflight import check_room
 from ckptc.run.worker import Bytes, target_loops
 
 Values = npt.NDArray[Any]
@@ -64,8 +66,8 @@ def export(
 ) -> ExportReport:
     """Executes exactly the plan, into `output`. `companions`: the directory with the files to copy, if there are any.
 
-    Raises InputError: `unknown-source`, `source-changed`, what `find_items` and `CheckpointWriter` raise, and what
-    reading raises.
+    Raises InputError: `unknown-source`, `source-changed`, what `find_items` and `CheckpointWriter` raise, what reading
+    raises, and `disk-full` or `unwritable-output` when the system refuses to write.
     """
     started = time.perf_counter()
     outputs = plan.outputs
@@ -74,13 +76,18 @@ def export(
     check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
     copies = _companions(plan, outputs, companions)
     specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
-    with CheckpointWriter(output, specs, force=force) as writer:
-        work = Exporter(plan, outputs, open_reader(items), writer)
-        for _ in work.tensors(on_step):
-            pass
-        warnings = [*work.twins(), *work.padding()]
-        texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
-        writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
+    try:
+        with CheckpointWriter(output, specs, force=force) as writer:
+            check_room(output, sum(f.size for f in specs))
+            writer.create()
+            work = Exporter(plan, outputs, open_reader(items), writer)
+            for _ in work.tensors(on_step):
+                pass
+            warnings = [*work.twins(), *work.padding()]
+            texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
+            writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
+    except OSError as error:
+        raise output_error(output, error, again="") from None
     seconds = time.perf_counter() - started
     return ExportReport(
         str(output), work.reader.bytes_read, plan.totals.write_bytes, seconds, peak_resident_bytes(), tuple(warnings)

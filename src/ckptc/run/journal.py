@@ -42,9 +42,13 @@ _LOCKED = (errno.EWOULDBLOCK, errno.EACCES)  # flock(2), and file systems that m
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def output_error(output: Path, error: OSError) -> InputError:
-    """The system refused to write below `output`, in its words: `disk-full` or `unwritable-output`, to raise."""
-    again = "; what is done is kept, and the same command goes on from there"
+GOES_ON = "; what is done is kept, and the same command goes on from there"
+
+
+def output_error(output: Path, error: OSError, again: str = GOES_ON) -> InputError:
+    """The system refused to write below `output`, in its words: `disk-full` or `unwritable-output`, to raise. `again`:
+    what the help adds on what a later run finds.
+    """
     if error.errno in _FULL:
         return fail("disk-full", f"no room to write {output}: {error.strerror}", help="make room" + again)
     reason = error.strerror or str(error)

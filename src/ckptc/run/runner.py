@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import fail
 from ckptc.io.locate import recall
-from ckptc.io.orbax import Entry, ItemsWriter, commit, finish
+from ckptc.io.orbax import Entry, ItemsWriter, commit, finish, make_durable
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec
 from ckptc.io.reader import RangeReader
 from ckptc.io.restored import custom_metadata_of
@@ -118,6 +118,7 @@ def run(
             linked_files=list(linked.files),
         )
         before_commit(unfinished.checkpoint)
+        make_durable(unfinished.checkpoint)  # which may take long, before an older output goes; then two renames
         replace(unfinished, final)
         commit(unfinished.checkpoint, final)
         unfinished.forget()
