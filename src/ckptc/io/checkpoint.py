@@ -199,7 +199,7 @@ def _incomplete_series(names: Sequence[str]) -> list[Diagnostic]:
         if absent:
             absent_names = [f"{stem}-{number:0{width}}-of-{total}.safetensors" for number in absent]
             message = f"{len(absent)} of {int(total)} numbered files do not exist: {listed(absent_names)}"
-            found = f"{len(present)} files, and no {shown(INDEX)}"
+            found = f"{len(present)} of them, and no {shown(INDEX)}"
             help = "download the missing files, and the index"
             problems.append(problem("missing-file", message, f"{int(total)} files", found, help))
     return problems

@@ -246,7 +246,7 @@ class ArrayReader:
             name = "/".join(path)
             raise fail(
                 "orbax-array",
-                f"the array {shown(name)} cannot be read: {str(error)[:300]}",
+                f"the array {shown(name)} cannot be read: {str(error).partition(' [tensorstore_spec')[0][:300]}",
                 help="is the checkpoint whole?",
             ) from None
 
