@@ -117,7 +117,9 @@ def _set_the_stage(words: list[str], undo: ExitStack) -> None:
             Path(file).write_bytes(len(header).to_bytes(8, "little") + header + bytes(int(size)))
         case ["lock", output]:
             Path(output).mkdir()
-            fcntl.flock(undo.enter_context(Path(output, LOCK).open("w")), fcntl.LOCK_EX)
+            lock = os.open(Path(output, LOCK), os.O_RDWR | os.O_CREAT)
+            undo.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         case ["limit", size]:
             before = resource.getrlimit(resource.RLIMIT_FSIZE)
             undo.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
