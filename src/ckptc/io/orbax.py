@@ -40,6 +40,7 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import fail
 from ckptc.io import ocdbt, zarr3
+from ckptc.io.bulk import BulkFile, place
 from ckptc.io.links import LINKED, LinkedChunks
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec, Mesh, array_metadatas, sharding_metadata, tree_metadata
 
@@ -98,12 +99,11 @@ class ItemsWriter:
             shutil.rmtree(self._root, ignore_errors=True)
         self.file = resume.file if resume else secrets.token_hex(16)
         (self._root / "d").mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self._root / "d" / self.file, os.O_RDWR | os.O_CREAT, 0o666)
-        size = os.fstat(self._fd).st_size
-        if size < self._end:
-            os.close(self._fd)
+        self._data = BulkFile(self._root / "d" / self.file)
+        if (size := self._data.size) < self._end:
+            self._data.abandon()
             raise RuntimeError(f"{self.file} has {size} bytes, the chunks recorded in it end at {self._end}")
-        os.ftruncate(self._fd, self._end)
+        self._data.truncate(self._end)
 
     def write_chunk(self, array: int, index: tuple[int, ...], data: memoryview | npt.NDArray[Any]) -> Entry:
         """Append a chunk, from any thread, and say where it is.
@@ -121,12 +121,10 @@ class ItemsWriter:
             if self._closed or offsets[cell] != zarr3.ABSENT:
                 raise RuntimeError("closed" if self._closed else f"{a.key(index)} is written already")
             offsets[cell] = _BUSY
-            offset, self._end = self._end, self._end + a.chunk_bytes
+            offset = place(self._end, a.chunk_bytes)
+            self._end = offset + a.chunk_bytes
         try:
-            at = offset
-            while view.nbytes:  # the system writes at most 2 GiB at a time
-                written = os.pwrite(self._fd, view, at)
-                view, at = view[written:], at + written
+            self._data.write(offset, view)
         except BaseException:
             offsets[cell] = zarr3.ABSENT
             raise
@@ -135,7 +133,7 @@ class ItemsWriter:
 
     def sync(self) -> None:
         """Make the chunks written so far durable: to be done before a journal records them."""
-        os.fdatasync(self._fd)
+        self._data.sync()
 
     def entries(self) -> Iterator[Entry]:
         """The chunks written so far, array by array, cell by cell."""
@@ -153,8 +151,7 @@ class ItemsWriter:
             if self._closed:
                 return
             self._closed = True
-        os.fsync(self._fd)
-        os.close(self._fd)
+        self._data.close()
         if not self._end:
             shutil.rmtree(self._root)
             return

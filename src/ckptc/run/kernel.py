@@ -9,18 +9,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.ops.types import is_float, itemsize, numpy_dtype
+from ckptc.ops.types import is_float, numpy_dtype
 
 Array = npt.NDArray[Any]
 Math = tuple[tuple[str, float | str], ...]
 
-RUN = 128  # elements: a block's shortest contiguous run on either side, where the loops allow it
-BLOCK = 1 << 15  # elements of a block at most: with its float32 copy it stays within a core's cache
+# Elements: how far a block runs at least, where the loops allow it. Short runs cost more in numpy's calls than in copying.
+SOURCE_RUN = 256
+TARGET_RUN = 512
+BLOCK = 1 << 17  # elements of a block at most: its float32 copy stays within a core's second cache
+LONG, PAD = (
+    64,
+    8,
+)  # elements: rows of scratch from LONG on lie PAD apart, for rows a power of two apart share few of the first cache's sets
+SHORT = 8  # elements of an innermost loop that costs more to start than to run
+FEW = 4096  # elements: blocks of fewer cost more than they save
 
 
 class Loop(NamedTuple):
@@ -64,9 +73,9 @@ class Kernel:
     """Copies with its own scratch memory; one for each thread. `scratch_bytes` is all it allocates."""
 
     def __init__(self) -> None:
-        self._a = np.empty(BLOCK, dtype=np.float32)
-        self._b = np.empty(BLOCK, dtype=np.uint32)
-        self.scratch_bytes = self._a.nbytes + self._b.nbytes
+        self._values = np.empty(BLOCK, dtype=np.float32)
+        self._rows = np.empty(BLOCK * 8 * (LONG + PAD) // LONG, dtype=np.uint8)  # for elements of up to 8 bytes
+        self.scratch_bytes = self._values.nbytes + self._rows.nbytes
 
     def copy(
         self, source: Array, start: int, target: Array, at: int, loops: list[Loop], conversion: Conversion
@@ -79,7 +88,7 @@ class Kernel:
             source, target = source.view(raw(source.itemsize)), target.view(raw(target.itemsize))
         src = _view(source, start, sizes, tuple(x.source for x in loops))
         dst = _view(target, at, sizes, tuple(x.target for x in loops))
-        if moves and (not loops or loops[-1].source == 1 or (loops[-1].size * 4 < RUN and _short(loops))):
+        if moves and (not loops or loops[-1].source == 1 or (loops[-1].size * 4 < SOURCE_RUN and prod(sizes) <= FEW)):
             np.copyto(dst, src)
             return
         extents = block_extents(loops, BLOCK)
@@ -89,25 +98,29 @@ class Kernel:
             # With `...` the result is a view, even of no axes.
             index: Any = (*(slice(c, c + e) for c, e in zip(corner, extents, strict=True)), ...)
             block = src[index].transpose(order)
+            scratch = self._scratch(block.shape, target.dtype)
             if moves:
-                scratch = self._a.view(source.dtype)[: block.size].reshape(block.shape)
                 np.copyto(scratch, block)
             else:
-                scratch = self._convert(block, conversion)
-            np.copyto(dst[index], scratch.transpose(back))
+                with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are values as any others
+                    self._convert(block, conversion, scratch)
+            _copy_out(_bits(dst[index]), _bits(scratch).transpose(back))
 
-    def _convert(self, block: Array, conversion: Conversion) -> Array:
-        """A contiguous array of the target dtype, in scratch where the dtypes are the usual ones."""
-        math = conversion.math
+    def _scratch(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Scratch memory for a block, with room after each of its rows if they are long."""
+        if len(shape) < 2 or shape[-1] < LONG:
+            return self._rows.view(dtype)[: prod(shape)].reshape(shape)
+        rows = (*shape[:-1], shape[-1] + PAD)
+        return self._rows.view(dtype)[: prod(rows)].reshape(rows)[..., : shape[-1]]
+
+    def _convert(self, block: Array, conversion: Conversion, out: Array) -> None:
+        """`out` = the block through the conversion's math, in the target's dtype."""
         if not is_float(conversion.source):
-            return block.astype(numpy_dtype(conversion.target))
-        values = self._a[: block.size].reshape(block.shape)
-        if conversion.source == "bfloat16":
-            np.left_shift(block.view(np.uint16), np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
-        else:
-            np.copyto(values, block, casting="unsafe")
-        rounded = "float32"
-        for number, (step, operand) in enumerate(math):
+            np.copyto(out, block, casting="unsafe")
+            return
+        values = self._values[: block.size].reshape(block.shape)
+        np.copyto(values, block, casting="unsafe")
+        for number, (step, operand) in enumerate(conversion.math):
             if step == "scale":
                 np.multiply(values, np.float32(operand), out=values)
             elif step == "unscale":
@@ -115,35 +128,24 @@ class Kernel:
             elif step == "add":
                 np.add(values, np.float32(operand), out=values)
             else:
-                rounded = str(operand)
-                if rounded != "float32" and number + 1 < len(math):
-                    np.copyto(values, values.astype(numpy_dtype(rounded)), casting="unsafe")
-        if conversion.target == "float32":
-            return values
-        if conversion.target == "bfloat16":
-            return self._round_bfloat16(values)
-        return values.astype(numpy_dtype(conversion.target))
+                dtype = str(operand)
+                if dtype != "float32" and number + 1 < len(conversion.math):  # the last cast is `out`'s own
+                    np.copyto(values, values.astype(numpy_dtype(dtype)), casting="unsafe")
+        np.copyto(out, values, casting="unsafe")
 
-    def _round_bfloat16(self, values: Array) -> Array:
-        """To the nearest bfloat16, ties to even, on the bits: add half of the last place kept, less one where it is even, and cut.
 
-        A NaN could carry into infinity that way, so arrays that have one take ml_dtypes' slower path.
-        """
-        if np.isnan(values.sum(dtype=np.float32)) and np.isnan(values).any():
-            return values.astype(numpy_dtype("bfloat16"))
-        bits = values.view(np.uint32)
-        odd = self._b[: values.size].reshape(values.shape)
-        np.right_shift(bits, np.uint32(16), out=odd)
-        np.bitwise_and(odd, np.uint32(1), out=odd)
-        np.add(odd, np.uint32(0x7FFF), out=odd)
-        np.add(odd, bits, out=odd)
-        np.right_shift(odd, np.uint32(16), out=odd)
-        # The low halves of the 32-bit results, as they lie on a little-endian machine.
-        return (
-            odd.view(np.uint16)[..., ::2].view(numpy_dtype("bfloat16"))
-            if odd.ndim
-            else odd.astype(np.uint16).view(numpy_dtype("bfloat16"))
-        )
+def _copy_out(target: Array, source: Array) -> None:
+    """numpy's innermost loop is the target's fastest axis: where that is short, it is walked here instead."""
+    if target.ndim > 1 and target.shape[-1] < SHORT:
+        for i in range(target.shape[-1]):
+            np.copyto(target[..., i], source[..., i])
+    else:
+        np.copyto(target, source)
+
+
+def _bits(array: Array) -> Array:
+    """The same elements as plain integers."""
+    return array.view(raw(array.itemsize))
 
 
 def _view(flat: Array, start: int, sizes: tuple[int, ...], steps: tuple[int, ...]) -> Array:
@@ -157,16 +159,8 @@ def _view(flat: Array, start: int, sizes: tuple[int, ...], steps: tuple[int, ...
     return view.view(flat.dtype)
 
 
-def _short(loops: list[Loop]) -> bool:
-    """Whether so little is moved that blocks cost more than they save."""
-    total = 1
-    for loop in loops:
-        total *= loop.size
-    return total <= 4096
-
-
 def block_extents(loops: list[Loop], most: int) -> list[int]:
-    """How much of each loop one block covers: whole runs of RUN elements on both sides, as many as `most` allows."""
+    """How much of each loop one block covers: whole runs on both sides, as many as `most` allows."""
     extents = [1] * len(loops)
     size = 1
 
@@ -185,11 +179,7 @@ def block_extents(loops: list[Loop], most: int) -> list[int]:
 
     by_source = sorted(range(len(loops)), key=lambda i: loops[i].source)
     by_target = sorted(range(len(loops)), key=lambda i: loops[i].target)
-    grow(by_source, RUN)
-    grow(by_target, RUN)
+    grow(by_source, SOURCE_RUN)
+    grow(by_target, TARGET_RUN)
     grow(by_target, most)  # what is left goes to longer runs at the target
     return extents
-
-
-def element_bytes(dtype: str) -> int:
-    return itemsize(dtype)

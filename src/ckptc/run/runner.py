@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from ckptc.diagnostics import fail
+from ckptc.io.bulk import place
 from ckptc.io.locate import recall
-from ckptc.io.orbax import Entry, ItemsWriter, commit, finish, make_durable
+from ckptc.io.orbax import ItemsWriter, commit, finish, make_durable
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec
 from ckptc.io.reader import RangeReader
 from ckptc.io.restored import custom_metadata_of
@@ -23,6 +22,7 @@ from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
+from ckptc.run.behind import WriteBehind
 from ckptc.run.journal import UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums, replace
 from ckptc.run.linking import Linked, link
 from ckptc.run.memory import peak_resident_bytes
@@ -182,10 +182,10 @@ class _Work:
 
     @property
     def to_write(self) -> int:
-        """Bytes that the disk must still take: chunks are stored whole, and the index names each of them twice."""
-        stored = sum(
-            prod(a.chunk) * itemsize(a.dtype) * prod(g) for a, g in zip(self.plan.arrays, self.grids, strict=True)
-        )
+        """Bytes that the disk must still take: chunks are stored whole, large ones from a block's beginning on, and the
+        index names each of them twice."""
+        sizes = [prod(a.chunk) * itemsize(a.dtype) for a in self.plan.arrays]
+        stored = sum(place(size, size) * prod(g) for size, g in zip(sizes, self.grids, strict=True))
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
         return stored - self.plan.totals.linked_bytes - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
@@ -219,33 +219,21 @@ class _Work:
 
     def _make_units(self, k: int, tick: Callable[[], None]) -> None:
         writer = ItemsWriter(self.unfinished.checkpoint, self.specs, process=k, resume=self.unfinished.writers.get(k))
-        summer = checksum.Summer()
-        done = _Done()
-
-        def sink(array: int, index: tuple[int, ...], chunk: npt.NDArray[Any]) -> None:
-            done.sum += summer.chunk(checksum.cell_of(index, self.grids[array]), chunk)
-            done.entries.append(writer.write_chunk(array, index, chunk))
-
         written = 0
-        with RangeReader(self.directory, self.files) as reader, Journal(self.unfinished, k, writer) as journal:
-            worker = Worker(self.plan, reader, sink)
+        with (
+            RangeReader(self.directory, self.files) as reader,
+            Journal(self.unfinished, k, writer) as journal,
+            WriteBehind(self.plan, writer) as behind,
+        ):
+            worker = Worker(self.plan, reader, behind.put, behind.settle)
             while (position := self.shared.take()) < len(self.todo):
                 unit = self.units[self.todo[position]]
                 written += worker.make(unit.array, unit.box)
-                journal.add(self.todo[position], unit.array, done.entries, done.sum)
-                done = _Done()
+                journal.add(self.todo[position], unit.array, *behind.take())
                 self.shared.note(k, position, written, reader.bytes_read)
                 tick()
         if not self.shared.stopped:
             writer.close()
-
-
-@dataclass
-class _Done:
-    """What has been written of a unit."""
-
-    entries: list[Entry] = field(default_factory=list)
-    sum: int = 0
 
 
 def find_source(plan: Plan, source: Path | None) -> Path:

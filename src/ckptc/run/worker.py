@@ -1,6 +1,6 @@
 """One unit of work: read the byte ranges it needs, decode what is stored as codes, make its chunks, hand each over.
 
-A worker's memory is its two buffers, which grow to what the plan's largest unit needs and are reused, and the scratch
+A worker's memory is its buffers, which grow to what the plan's largest unit needs and are reused, and the scratch
 of the kernel and the decoder. What `plan.reads.need` says a part needs is what is read and what is held.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ckptc.io.bulk import page_buffer
 from ckptc.io.reader import RangeReader
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
@@ -37,13 +38,16 @@ class Local:
 
 
 class Worker:
-    """Makes units of one plan. Not for several threads."""
+    """Makes units of one plan. Not for several threads.
 
-    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink) -> None:
-        self.plan, self.reader, self.sink = plan, reader, sink
+    `sink` may go on reading a chunk until it is called again; `settle` waits until it reads none.
+    """
+
+    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink, settle: Callable[[], None] = lambda: None) -> None:
+        self.plan, self.reader, self.sink, self.settle = plan, reader, sink, settle
         self.kernel, self.decoder = Kernel(), Decoder()
         self._held = np.empty(0, dtype=np.uint8)  # what a unit's parts need: read and decoded
-        self._chunk = np.empty(0, dtype=np.uint8)
+        self._chunks = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
 
     def make(self, number: int, box: Box) -> int:
         """Reads, makes and hands over all chunks of the unit `box` of array `number`. Returns the bytes made."""
@@ -51,10 +55,11 @@ class Worker:
         inside = [p for part in array.parts for p in restrict_part(part, box)]
         local = self._load(array, inside)
         made = 0
-        for index, within in chunks(array, box):
-            chunk = self._make_chunk(array, local, within)
+        for turn, (index, within) in enumerate(chunks(array, box)):
+            chunk = self._make_chunk(array, local, within, turn % 2)
             self.sink(number, index, chunk)
             made += chunk.nbytes
+        self.settle()
         return made
 
     def _load(self, array: Array, parts: list[Part]) -> list[Local]:
@@ -98,14 +103,14 @@ class Worker:
         self.decoder.decode(rows, source.dtype, codes, scales, places_in(needed.scales, rows.scale_rows()), decoded)
         return decoded
 
-    def _make_chunk(self, array: Array, local: list[Local], within: Box) -> npt.NDArray[Any]:
+    def _make_chunk(self, array: Array, local: list[Local], within: Box, turn: int) -> npt.NDArray[Any]:
         shape = tuple(high - low for low, high in within)
         found = [(x, p) for x in local for p in restrict_part(x.part, within)]
         if len(found) == 1 and (direct := _direct(found[0][0], found[0][1], array, shape)) is not None:
             return direct
         size = prod(shape) * itemsize(array.dtype)
-        self._chunk = _grown(self._chunk, size)
-        flat = self._chunk[:size].view(numpy_dtype(array.dtype))
+        self._chunks[turn] = _grown(self._chunks[turn], size)
+        flat = self._chunks[turn][:size].view(numpy_dtype(array.dtype))
         for x, part in found:
             self._copy(x, part, array, shape, flat)
         return flat.reshape(shape)
@@ -123,7 +128,7 @@ class Worker:
 
 
 def _grown(buffer: Bytes, size: int) -> Bytes:
-    return buffer if buffer.size >= size else np.empty(size, dtype=np.uint8)
+    return buffer if buffer.size >= size else page_buffer(size)  # so that chunks in it can be written directly
 
 
 def chunks(array: Array, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:

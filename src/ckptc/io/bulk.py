@@ -1,0 +1,113 @@
+"""A file that grows by large pieces, written past the page cache where that is possible.
+
+A write through the page cache costs a core about as much as the whole conversion (fresh pages, a copy, write-back); with
+O_DIRECT the disk takes the bytes from where they are. It asks for addresses, offsets and lengths that are multiples of
+the block size (open(2), "O_DIRECT"), so pieces begin at multiples of `ALIGN`, what is aligned of them goes directly,
+and the rest, the end of a piece, through a second descriptor. The two never share a page.
+
+Only on file systems that lie on a block device (the kernel gives all others, network and memory ones among them,
+device numbers of major 0): over a network, the page cache is what sends pieces side by side.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+ALIGN = 4096  # bytes: no disk in use has larger blocks
+LEAST = 1 << 18  # bytes: smaller pieces are better gathered by the page cache
+BOUNCE = 4 << 20  # bytes copied at once of pieces that are not aligned in memory
+
+
+def page_buffer(size: int) -> npt.NDArray[np.uint8]:
+    """uint8[size], fresh memory that begins at a page, as direct reads and writes want it."""
+    return np.frombuffer(mmap.mmap(-1, max(1, size)), dtype=np.uint8)[:size]
+
+
+def place(end: int, size: int) -> int:
+    """Where a piece of `size` bytes goes in a file that ends at `end`."""
+    return -(-end // ALIGN) * ALIGN if size >= LEAST else end
+
+
+class BulkFile:
+    """Writes pieces at offsets that `place` gave, from any thread. Raises what the system does."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._direct: int | None = None
+        self._lock = threading.Lock()  # of the bounce buffer
+        self._bounce: npt.NDArray[np.uint8] | None = None
+        if hasattr(os, "O_DIRECT") and os.major(os.fstat(self._fd).st_dev):
+            try:
+                self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # which says that the file system has no such writes
+                    os.close(self._fd)
+                    raise
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """All bytes of `view` at `offset`."""
+        if len(view) >= LEAST and offset % ALIGN == 0 and self._direct is not None:
+            body = len(view) // ALIGN * ALIGN
+            if self._write_directly(self._direct, offset, view[:body]):
+                offset, view = offset + body, view[body:]
+        _write(self._fd, offset, view)
+
+    def sync(self) -> None:
+        """Makes what has been written durable."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Makes everything durable, the file's size included, and closes it."""
+        try:
+            os.fsync(self._fd)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        os.close(self._fd)
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+    def _write_directly(self, descriptor: int, offset: int, view: memoryview) -> bool:
+        """Whole blocks. False where the system refuses direct writes after all: nothing is lost by writing it again."""
+        try:
+            if np.frombuffer(view, dtype=np.uint8).ctypes.data % ALIGN == 0:
+                _write(descriptor, offset, view)
+            else:
+                with self._lock:
+                    self._write_bounced(descriptor, offset, view)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    def _write_bounced(self, descriptor: int, offset: int, view: memoryview) -> None:
+        if self._bounce is None:
+            self._bounce = page_buffer(BOUNCE)
+        bounce = self._bounce.data
+        for begin in range(0, len(view), BOUNCE):
+            part = view[begin : begin + BOUNCE]
+            bounce[: len(part)] = part
+            _write(descriptor, offset + begin, bounce[: len(part)])
+
+
+def _write(descriptor: int, offset: int, view: memoryview) -> None:
+    while len(view):  # the system writes at most 2 GiB at a time
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,115 @@
+"""Large pieces past the page cache, and what is read back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckptc.io import bulk
+from ckptc.io.bulk import ALIGN, BOUNCE, LEAST, BulkFile, page_buffer, place
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct writes here")
+
+
+def noise(size: int, shift: int = 0) -> memoryview:
+    """`size` random bytes, `shift` bytes after the beginning of a page."""
+    buffer = page_buffer(size + shift)
+    buffer[:] = np.random.default_rng(size).integers(0, 256, buffer.size, dtype=np.uint8)
+    return buffer[shift:].data
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Direct writes on any file system that has them; what was written so, as offset and length."""
+    monkeypatch.setattr(os, "major", lambda device: 1)
+    said: list[tuple[int, int]] = []
+    write = bulk._write
+
+    def watched(descriptor: int, offset: int, view: memoryview) -> None:
+        flags = int(
+            next(x for x in Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("\n") if "flags" in x).split()[1],
+            8,
+        )
+        if flags & os.O_DIRECT:
+            said.append((offset, len(view)))
+        write(descriptor, offset, view)
+
+    monkeypatch.setattr(bulk, "_write", watched)
+    return said
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_pieces_of_any_size_are_written_whole(tmp_path: Path, direct: list[tuple[int, int]], shift: int) -> None:
+    pieces = [noise(n, shift) for n in (LEAST, 10, LEAST + 17, BOUNCE + ALIGN + 3, 0, 5000, LEAST * 2)]
+    file = BulkFile(tmp_path / "f")
+    end, places = 0, []
+    for piece in pieces:
+        places.append(place(end, len(piece)))
+        file.write(places[-1], piece)
+        end = places[-1] + len(piece)
+    file.close()
+    written = (tmp_path / "f").read_bytes()
+    assert len(written) == end
+    assert [written[at : at + len(p)] for at, p in zip(places, pieces, strict=True)] == [bytes(p) for p in pieces]
+    assert sum(length for _, length in direct) == sum(len(p) // ALIGN * ALIGN for p in pieces if len(p) >= LEAST)
+
+
+def test_large_pieces_begin_at_blocks_and_small_ones_leave_no_gap() -> None:
+    assert [place(5, LEAST), place(ALIGN, LEAST), place(5, LEAST - 1), place(0, LEAST)] == [ALIGN, ALIGN, 5, 0]
+
+
+def test_a_file_system_that_refuses_direct_writes_gets_others(
+    tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(descriptor: int, offset: int, view: memoryview) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(BulkFile, "_write_bounced", lambda self, *args: refusing(*args))
+    file, piece = BulkFile(tmp_path / "f"), noise(LEAST, 1)
+    file.write(0, piece)
+    file.close()
+    assert (tmp_path / "f").read_bytes() == bytes(piece) and not direct
+
+
+def test_a_full_disk_is_no_reason_to_write_again(
+    tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = BulkFile(tmp_path / "f")
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        file.write(0, noise(LEAST))
+    file.abandon()
+
+
+def test_without_a_block_device_the_page_cache_takes_all(
+    tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "major", lambda device: 0)
+    file, piece = BulkFile(tmp_path / "f"), noise(LEAST)
+    file.write(0, piece)
+    file.close()
+    assert (tmp_path / "f").read_bytes() == bytes(piece) and not direct
+
+
+def test_threads_write_side_by_side(tmp_path: Path, direct: list[tuple[int, int]]) -> None:
+    file, pieces = BulkFile(tmp_path / "f"), [noise(LEAST + 512 * k, k) for k in range(8)]
+    places, end = [], 0
+    for piece in pieces:
+        places.append(place(end, len(piece)))
+        end = places[-1] + len(piece)
+    threads = [threading.Thread(target=file.write, args=x) for x in zip(places, pieces, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    file.close()
+    written = (tmp_path / "f").read_bytes()
+    assert all(written[at : at + len(p)] == bytes(p) for at, p in zip(places, pieces, strict=True))
