@@ -139,18 +139,24 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
     budget = unit_budget(options.memory)
     linked = link.choose(shape, dtype, sources, folded.parts, shards, budget) if options.link else None
-    try:
-        if linked:
-            chunk = unit = linked[0]
-        else:
-            chunk, unit = fit(shape, dtype, sources, folded.parts, shards, budget, bool(options.mesh))
-    except TooManyUnitsError:
+
+    def fitted(memory: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Chunk and unit within a budget; None where there would be too many."""
+        try:
+            return fit(shape, dtype, sources, folded.parts, shards, unit_budget(memory), bool(options.mesh))
+        except TooManyUnitsError:
+            return None
+
+    made = (linked[0], linked[0]) if linked else fitted(options.memory)
+    if made is None:
+        enough = next((m for m in (1 << n for n in range(21, 31)) if m > options.memory and fitted(m)), None)
         raise fail(
             "too-little-memory",
             f"`{'/'.join(target.path)}`, of {target.type.nbytes} bytes, would be made in more than {ACCOUNTED_MOST} units",
             notes=(f"found: --memory of {options.memory} bytes",),
-            help="use more --memory; units are a quarter of it, of at most 64 MiB",
-        ) from None
+            help=f"use --memory {enough >> 20}MiB" if enough else "no --memory makes it: units have at most 64 MiB",
+        )
+    chunk, unit = made
     return plan.Array(
         target.path,
         shape,
