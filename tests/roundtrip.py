@@ -16,7 +16,7 @@ from ckptc.io.original import open_original
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Exactness, Plan
 from ckptc.plan.outputs import Kind
-from ckptc.run.exporter import ExportReport, export
+from ckptc.run.export import ExportReport, export
 from ckptc.run.runner import run
 from ckptc.spec import mapping as spec
 from golden import Arrays, compile_case, difference, source_tensors

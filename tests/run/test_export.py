@@ -4,6 +4,7 @@ bound elsewhere.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from ckptc.compile.compiler import layouts
 from ckptc.compile.scope import matches
 from ckptc.diagnostics import InputError
 from ckptc.plan.model import Plan
-from ckptc.run.exporter import Exporter, export
+from ckptc.run.export import export
+from ckptc.run.exporter import Exporter, Unit
 from ckptc.spec import mapping as spec
 from golden import compile_case, evaluate, known_cases, source_tensors
 from reference import DATA, GoldenCase
@@ -122,14 +124,14 @@ def test_buffers_are_as_large_as_planned(tmp_path: Path, monkeypatch: pytest.Mon
     saved = converted(case, tmp_path / "orbax", layout="scanned", memory=8 << 10)
     plan = export_plan(case, saved, memory=24 << 10)
     held: list[int] = []
-    made = Exporter.tensors
+    made = Exporter.make
 
-    def watched(self: Exporter, on_step: Any) -> Iterator[int]:
-        for step in made(self, on_step):
-            held.append(self.held_bytes)
-            yield step
+    def watched(self: Exporter, unit: Unit) -> int:
+        written = made(self, unit)
+        held.append(self.held_bytes)
+        return written
 
-    monkeypatch.setattr(Exporter, "tensors", watched)
+    monkeypatch.setattr(Exporter, "make", watched)
     export(plan, tmp_path / "hf", saved, case.hf)
     assert max(held) <= plan.totals.peak_memory_bytes <= 24 << 10
 
@@ -284,20 +286,35 @@ def test_files_are_what_transformers_writes(tmp_path: Path) -> None:
     )
 
 
-def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.EIO, "the disk is gone"), "unwritable-output"),
+        (OSError(errno.ENOSPC, "the disk is full"), "disk-full"),
+        (MemoryError(), "out-of-memory"),
+    ],
+)
+def test_a_failed_export_leaves_nothing(
+    error: Exception, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES["qwen3_moe"]
     saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
     plan = export_plan(case, saved)
 
-    def broken(self: Exporter) -> Iterator[str]:
-        raise OSError("the disk is gone")
+    made = Exporter.make
 
-    monkeypatch.setattr(Exporter, "padding", broken)
-    with pytest.raises(InputError, match=r"unwritable-output.*gone"):
+    def broken(self: Exporter, unit: Unit) -> int:
+        if unit.batch:
+            raise error
+        return made(self, unit)
+
+    monkeypatch.setattr(Exporter, "make", broken)
+    with pytest.raises(InputError) as caught:
         export(plan, tmp_path / "hf", saved, case.hf)
+    assert [d.code for d in caught.value.diagnostics] == [code]
     assert not (tmp_path / "hf").exists()
     (tmp_path / "hf").mkdir()
-    with pytest.raises(InputError, match="gone"):
+    with pytest.raises(InputError):
         export(plan, tmp_path / "hf", saved, case.hf)
     assert os.listdir(tmp_path / "hf") == []
 

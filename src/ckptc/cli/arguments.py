@@ -98,13 +98,7 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
 def execution(parser: argparse.ArgumentParser) -> None:
     """What a run needs besides a plan."""
     parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes: DIR/0/items")
-    parser.add_argument(
-        "--jobs",
-        type=positive,
-        metavar="N",
-        help="worker processes at most; fewer where the memory budget holds fewer units of work (default: the cores "
-        "that this process may use)",
-    )
+    jobs(parser)
     parser.add_argument(
         "--restart",
         action="store_true",
@@ -126,6 +120,17 @@ def execution(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def jobs(parser: argparse.ArgumentParser) -> None:
+    """How many processes work at once."""
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="worker processes at most; fewer where the memory budget holds fewer units of work (default: the cores "
+        "that this process may use)",
+    )
 
 
 def setting(text: str) -> tuple[str, int | float | bool | str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -42,6 +43,7 @@ def add_export(commands: Any) -> None:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and stop there")
     shown.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments.jobs(parser)
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is in the output")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -129,12 +131,15 @@ def compiled(args: argparse.Namespace) -> Plan:
     from ckptc.compile.export import compile_export
     from ckptc.compile.reading import ExportOptions
     from ckptc.io.locate import remember
-    from ckptc.io.orbax_reader import open_saved
+    from ckptc.io.orbax_reader import find_items, open_saved
     from ckptc.io.original import open_original
-    from ckptc.run.exporter import companions_digest
+    from ckptc.ir.saved import Saved
+    from ckptc.run.apart import apart
+    from ckptc.run.export import companions_digest
 
     mapping, model = find(args)
-    saved, items = open_saved(Path(args.source))
+    items = find_items(Path(args.source))
+    saved = Saved.of(apart(lambda: open_saved(Path(args.source))[0].record()))  # by TensorStore, which has threads
     original = open_original(Path(args.config_from)) if args.config_from else None
     options = ExportOptions(
         dtype=args.dtype,
@@ -171,19 +176,11 @@ def export(args: argparse.Namespace) -> None:
 
 def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | None, companions: Path | None) -> None:
     """Runs an export's plan, and says what it did."""
-    from ckptc.run.exporter import export as run_export
-    from ckptc.run.runner import Progress
+    from ckptc.run.export import export as run_export
 
+    jobs = args.jobs or len(os.sched_getaffinity(0))
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        total = plan.totals.write_bytes
-        report = run_export(
-            plan,
-            Path(args.output),
-            source,
-            companions,
-            on_step=lambda written, name: on_progress(Progress(written, total, name)),
-            force=args.force,
-        )
+        report = run_export(plan, Path(args.output), source, companions, on_progress, args.force, jobs)
     if args.json:
         record = {
             **asdict(report),

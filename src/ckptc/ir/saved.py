@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -41,6 +41,19 @@ class Saved:
     optimizer: int  # how many arrays of optimizer state there are besides
     custom: Mapping[str, Any] = field(default_factory=dict)  # `custom_metadata`, such as MaxText's `scan_layers`
     place: str = ""  # of the items below the directory that was given: `3/items`
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> Saved:
+        """What was recorded."""
+        files = tuple(SourceFile(**f) for f in record["files"])
+        arrays = tuple(
+            SavedArray(tuple(a["path"]), tuple(a["shape"]), a["dtype"], tuple(a["chunk"])) for a in record["arrays"]
+        )
+        return Saved(files, arrays, record["optimizer"], record["custom"], record["place"])
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Running an export's plan: chunks of stored arrays are read once for all the tensors of a batch, and each tensor's
-box is written in place.
+"""Making what an export's plan says: chunks of stored arrays are read once for all the tensors of a batch, and each
+tensor's box is written in place.
 
 A batch is several tensors that lie in the same chunks. For each of its units, what all of them need of each stored
 array is read as one box; from it each tensor's own box is copied, with arithmetic, into one buffer, and written where
@@ -7,131 +7,60 @@ the plan says it belongs in the output. Buffers are as large as the plan's large
 there are the chunks being decoded, and the kernel's scratch.
 
 After the tensors, what no tensor has a place for is looked at: padding that training has changed is counted, and where
-arrays hold a tensor twice, the second is compared with the one that was taken. Neither stops an export; both are said
-in its report.
+arrays hold a tensor twice, the second is compared with the one that was taken.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.diagnostics import fail
-from ckptc.io.locate import recall
-from ckptc.io.orbax_reader import ArrayReader, check_saved, find_items, open_reader
-from ckptc.io.original import identify
-from ckptc.io.safetensors_writer import CheckpointWriter, FileSpec
-from ckptc.ir.source import SourceFile
+from ckptc.io.orbax_reader import ArrayReader
+from ckptc.io.safetensors_writer import CheckpointWriter
 from ckptc.ops.nest import Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box, Plan
-from ckptc.plan.outputs import INDEX, Exported, Kind, Outputs, Padding, Stored, config_text, header, index
+from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored
 from ckptc.plan.regions import Region, indices, needs, padding_region, place_in, within
-from ckptc.run.journal import output_error
 from ckptc.run.kernel import Conversion, Kernel, Loop
-from ckptc.run.memory import peak_resident_bytes
-from ckptc.run.preflight import check_room
 from ckptc.run.worker import Bytes, target_loops
 
+IN_FLIGHT = 32 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
+SLAB = 64 << 20  # bytes of padding looked at at once
+
 Values = npt.NDArray[Any]
-Step = Callable[[int, str], None]  # bytes written so far, the tensor being made
 
 
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What an export did."""
+class Unit(NamedTuple):
+    """What is made at once: the same box of each tensor of a batch."""
 
-    output: str
-    read_bytes: int  # of decoded chunks
-    write_bytes: int
-    seconds: float
-    peak_resident_bytes: int
-    warnings: tuple[str, ...]
+    batch: int
+    box: Box
 
 
-def export(
-    plan: Plan,
-    output: Path,
-    source: Path | None = None,
-    companions: Path | None = None,
-    on_step: Step = lambda *_: None,
-    force: bool = False,
-) -> ExportReport:
-    """Executes exactly the plan, into `output`. `companions`: the directory with the files to copy, if there are any.
-
-    Raises InputError: `unknown-source`, `source-changed`, what `find_items` and `CheckpointWriter` raise, what reading
-    raises, and `disk-full` or `unwritable-output` when the system refuses to write.
-    """
-    started = time.perf_counter()
-    outputs = plan.outputs
-    assert outputs is not None and plan.made.kind == "export"
-    items = _find(plan, source)
-    check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
-    copies = _companions(plan, outputs, companions)
-    specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
-    try:
-        with CheckpointWriter(output, specs, force=force) as writer:
-            check_room(output, sum(f.size for f in specs))
-            writer.create()
-            work = Exporter(plan, outputs, open_reader(items), writer)
-            for _ in work.tensors(on_step):
-                pass
-            warnings = [*work.twins(), *work.padding()]
-            texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
-            writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
-    except OSError as error:
-        raise output_error(output, error, again="") from None
-    seconds = time.perf_counter() - started
-    return ExportReport(
-        str(output), work.reader.bytes_read, plan.totals.write_bytes, seconds, peak_resident_bytes(), tuple(warnings)
-    )
-
-
-def _find(plan: Plan, source: Path | None) -> Path:
-    if source is None:
-        source = recall(plan.made.source or "")
-    if source is None:
-        raise fail(
-            "unknown-source",
-            "where the plan's checkpoint lies is not known on this machine",
-            help="say it with `--source DIR`",
-        )
-    return find_items(source)
-
-
-def companions_digest(outputs: Outputs) -> str:
-    """By which a machine remembers where the files to copy lie."""
-    return "companions " + " ".join(f.header for f in outputs.companions)
-
-
-def _companions(plan: Plan, outputs: Outputs, directory: Path | None) -> dict[str, Path]:
-    """The files to copy. Raises `unknown-source` or `source-changed`."""
-    if not outputs.companions:
-        return {}
-    directory = directory or recall(companions_digest(outputs))
-    if directory is None:
-        raise fail(
-            "unknown-source",
-            f"where the original's files lie is not known on this machine: {outputs.companions[0].name} and others",
-            help="say it with `--config-from DIR`",
-        )
-    for file in outputs.companions:
-        if identify(directory, file.name) != SourceFile(file.name, file.size, file.header):
-            raise fail(
-                "source-changed", f"`{file.name}` is not the file the plan was made from", help="compile the plan again"
-            )
-    return {file.name: directory / file.name for file in outputs.companions}
+def units(outputs: Outputs) -> list[Unit]:
+    """The units of an export, in the order in which they read the stored arrays forwards."""
+    found = []
+    for number, batch in enumerate(outputs.batches):
+        first = outputs.tensors[batch[0]]
+        kind = outputs.kinds[first.kind]
+        part = kind.parts[0]
+        source = part.source or 0
+        for box in kind.units():
+            inside = restrict_part(part, box)
+            begin = first.begins[source] + (inside[0].base if inside else part.base)
+            found.append((first.arrays[source], begin, Unit(number, box)))
+    return [unit for *_, unit in sorted(found)]
 
 
 class Exporter:
-    """Makes the tensors of one plan. Not for several threads."""
+    """Makes the tensors of one plan, each unit by itself. Not for several threads."""
 
     def __init__(self, plan: Plan, outputs: Outputs, reader: ArrayReader, writer: CheckpointWriter) -> None:
         self.plan, self.outputs, self.reader, self.writer = plan, outputs, reader, writer
@@ -145,19 +74,17 @@ class Exporter:
         """Bytes of buffers."""
         return self._held.nbytes + self._made.nbytes
 
-    def tensors(self, on_step: Step) -> Iterator[int]:
-        """Writes every tensor, batch by batch; yields after each unit."""
+    def make(self, unit: Unit) -> int:
+        """Writes a unit; returns how many bytes that were."""
+        batch, box = self.outputs.batches[unit.batch], unit.box
+        tensors = [self.outputs.tensors[n] for n in batch]
+        kind = self.outputs.kinds[tensors[0].kind]
         written = 0
-        for batch in self.outputs.batches:
-            tensors = [self.outputs.tensors[n] for n in batch]
-            kind = self.outputs.kinds[tensors[0].kind]
-            for box in kind.units():
-                for number, values in zip(batch, self._boxes(tensors, kind, box), strict=True):
-                    file, begin = self._places[number]
-                    self.writer.write_box(file, begin, kind.shape, box, values)
-                    written += values.nbytes
-                on_step(written, tensors[0].name)
-                yield written
+        for number, values in zip(batch, self._boxes(tensors, kind, box), strict=True):
+            file, begin = self._places[number]
+            self.writer.write_box(file, begin, kind.shape, box, values)
+            written += values.nbytes
+        return written
 
     def _boxes(self, tensors: Sequence[Exported], kind: Kind, box: Box) -> Iterator[Values]:
         """The same box of each of some tensors of a kind, from boxes of the stored arrays that are read for all of them
@@ -192,37 +119,32 @@ class Exporter:
 
     def _read(self, tensor: int, stored: Stored, region: Region, out: Values, used: int) -> None:
         path = tuple(self.plan.tensors[tensor].name.split("/"))
-        self.reader.read(path, region.axes, stored.chunk, out, max(0, self.plan.choices.memory - used))
+        room = max(0, min(self.plan.choices.memory - used, IN_FLIGHT))
+        self.reader.read(path, region.axes, stored.chunk, out, room)
 
-    def twins(self) -> Iterator[str]:
-        """Compares what arrays say of tensors that another array has given already; says where they differ."""
-        numbers = {t.name: n for n, t in enumerate(self.outputs.tensors)} if self.outputs.twins else {}
-        differ: dict[str, list[str]] = {}
-        for twin in self.outputs.twins:
-            kind = self.outputs.kinds[twin.kind]
-            file, begin = self._places[numbers[twin.name]]
-            for box in kind.units():
-                taken = np.empty(tuple(high - low for low, high in box), dtype=numpy_dtype(kind.dtype))
-                self.writer.read_box(file, begin, kind.shape, box, taken)
-                (values,) = self._boxes([twin], kind, box)
-                covered = _covered(kind, box)
-                if not np.array_equal(values[covered], taken[covered], equal_nan=True):
-                    differ.setdefault(kind.rule, []).append(twin.name)
-                    break
-        for rule, names in differ.items():
-            count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
-            yield f"`{rule}` holds {count} of another array with other values: {names[0]}; the other array's are taken"
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {t.name: n for n, t in enumerate(self.outputs.tensors)}
 
-    def padding(self) -> Iterator[str]:
-        """Looks for values where there should be padding; says how many rows have any."""
-        for padding in self.outputs.padding:
-            rows = sum(self._trained_rows(padding, *slab) for slab in _slabs(padding, self.plan.choices.memory // 4))
-            if rows:
-                name = self.plan.tensors[padding.tensor].name
-                yield (
-                    f"{rows} of the {padding.rows} rows of padding of `{name}` carry trained values (they should be "
-                    f"{padding.value:g}): no tensor has a place for them, they are left out"
-                )
+    def twin_differs(self, number: int) -> bool:
+        """Whether a stored array says other things of a tensor than the one that was taken."""
+        twin = self.outputs.twins[number]
+        kind = self.outputs.kinds[twin.kind]
+        file, begin = self._places[self._numbers[twin.name]]
+        for box in kind.units():
+            taken = np.empty(tuple(high - low for low, high in box), dtype=numpy_dtype(kind.dtype))
+            self.writer.read_box(file, begin, kind.shape, box, taken)
+            (values,) = self._boxes([twin], kind, box)
+            covered = _covered(kind, box)
+            if not np.array_equal(values[covered], taken[covered], equal_nan=True):
+                return True
+        return False
+
+    def trained_rows(self, number: int) -> int:
+        """How many rows of a padding have other values than padding has."""
+        padding = self.outputs.padding[number]
+        most = min(self.plan.choices.memory // 4, SLAB)
+        return sum(self._trained_rows(padding, *slab) for slab in _slabs(padding, most))
 
     def _trained_rows(self, padding: Padding, low: int, high: int) -> int:
         """How many of the rows from `low` up to `high` are not what padding is."""

@@ -1,0 +1,207 @@
+"""Running an export's plan: check the checkpoint, make every tensor, look at what is left over, give the files their
+names. The output appears complete or not at all.
+
+Worker processes share the temporary files, which have their full size from the start: each takes the next unit, reads
+what it needs and writes it in place. TensorStore, which reads, has threads, and a process with threads cannot be forked
+safely: so it is used in workers alone, or in this process when it has none.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.io.locate import recall
+from ckptc.io.orbax_reader import check_saved, find_items, open_reader
+from ckptc.io.original import identify
+from ckptc.io.safetensors_writer import CheckpointWriter, FileSpec
+from ckptc.ir.source import SourceFile
+from ckptc.plan.model import Plan
+from ckptc.plan.outputs import INDEX, Outputs, config_text, header, index
+from ckptc.run.apart import can_fork
+from ckptc.run.exporter import Exporter, units
+from ckptc.run.journal import output_error
+from ckptc.run.memory import peak_resident_bytes
+from ckptc.run.preflight import check_room
+from ckptc.run.pool import Shared, run_workers
+from ckptc.run.runner import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export did."""
+
+    output: str
+    read_bytes: int  # of decoded chunks
+    write_bytes: int
+    seconds: float
+    peak_resident_bytes: int
+    warnings: tuple[str, ...]
+
+
+def export(
+    plan: Plan,
+    output: Path,
+    source: Path | None = None,
+    companions: Path | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    force: bool = False,
+    jobs: int = 1,
+) -> ExportReport:
+    """Executes exactly the plan, into `output`. `companions`: the directory with the files to copy, if there are any.
+    `jobs`: worker processes at most, as far as the plan's memory goes; with one, all is done in this process.
+
+    Raises InputError: `unknown-source`, `source-changed`, `worker-died`, `out-of-memory`, what `find_items` and
+    `CheckpointWriter` raise, what reading raises, and `disk-full` or `unwritable-output` when the system refuses to
+    write.
+    """
+    started = time.perf_counter()
+    outputs = plan.outputs
+    assert outputs is not None and plan.made.kind == "export"
+    items = _find(plan, source)
+    check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
+    copies = _companions(plan, outputs, companions)
+    specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
+    texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
+    try:
+        with CheckpointWriter(output, specs, force=force) as writer:
+            check_room(output, sum(f.size for f in specs))
+            writer.create()
+            work = _Work(plan, outputs, items, output, writer, jobs)
+            work.make_tensors(on_progress)
+            work.look_at_the_rest()
+            writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
+    except OSError as error:  # not of reading, which says so itself
+        raise output_error(output, error, again="") from None
+    seconds = time.perf_counter() - started
+    return ExportReport(
+        str(output), work.read, plan.totals.write_bytes, seconds, peak_resident_bytes(), tuple(work.warnings())
+    )
+
+
+class _Work:
+    """What there is to do, spread over workers: the units of the plan, then what no tensor has a place for."""
+
+    def __init__(self, plan: Plan, outputs: Outputs, items: Path, output: Path, writer: CheckpointWriter, jobs: int) -> None:
+        self.plan, self.outputs, self.items, self.output, self.writer = plan, outputs, items, output, writer
+        fitting = plan.choices.memory // max(1, plan.totals.peak_memory_bytes)
+        self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
+        self.read = 0
+        context = mp.get_context("fork")
+        self.differ = context.Array("b", len(outputs.twins), lock=False)  # whether a twin says other things
+        self.trained = context.Array("q", len(outputs.padding), lock=False)  # rows of a padding
+
+    def make_tensors(self, on_progress: Callable[[Progress], None]) -> None:
+        todo, total = units(self.outputs), self.plan.totals.write_bytes
+
+        def watch(shared: Shared) -> None:
+            name = self.outputs.tensors[self.outputs.batches[todo[shared.unit].batch][0]].name
+            on_progress(Progress(shared.written, total, name))
+
+        self._spread(len(todo), lambda exporter, number: exporter.make(todo[number]), watch)
+
+    def look_at_the_rest(self) -> None:
+        """Twins and padding: neither stops an export, both are said in its report."""
+        twins = len(self.outputs.twins)
+
+        def look(exporter: Exporter, number: int) -> int:
+            if number < twins:
+                self.differ[number] = exporter.twin_differs(number)
+            else:
+                self.trained[number - twins] = exporter.trained_rows(number - twins)
+            return 0
+
+        self._spread(twins + len(self.outputs.padding), look, lambda shared: None)
+
+    def _spread(self, count: int, make: Callable[[Exporter, int], int], watch: Callable[[Shared], None]) -> None:
+        """Calls `make` with each number below `count`, by workers; it returns bytes written."""
+        if not count:
+            return
+        shared = Shared(jobs := min(self.jobs, count))
+
+        def body(k: int, tick: Callable[[], None]) -> None:
+            written = 0
+            try:
+                exporter = Exporter(self.plan, self.outputs, open_reader(self.items), self.writer)
+                while (number := shared.take()) < count:
+                    written += make(exporter, number)
+                    shared.note(k, number, written, exporter.reader.bytes_read)
+                    tick()
+            except OSError as error:
+                raise output_error(self.output, error, again="") from None
+            except MemoryError:
+                raise fail(
+                    "out-of-memory",
+                    "the system has no more memory for this run's buffers",
+                    help="use fewer --jobs, or less --memory",
+                ) from None
+
+        try:
+            run_workers(jobs, body, lambda: watch(shared), shared)
+        except InputError as error:
+            raise InputError(_without_resuming(d) for d in error.diagnostics) from None
+        self.read += shared.read
+
+    def warnings(self) -> Iterator[str]:
+        """What is to be said of tensors that are stored twice and of padding."""
+        differ: dict[str, list[str]] = {}
+        for twin, differs in zip(self.outputs.twins, self.differ, strict=True):
+            if differs:
+                differ.setdefault(self.outputs.kinds[twin.kind].rule, []).append(twin.name)
+        for rule, names in differ.items():
+            count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
+            yield f"`{rule}` holds {count} of another array with other values: {names[0]}; the other array's are taken"
+        for padding, rows in zip(self.outputs.padding, self.trained, strict=True):
+            if rows:
+                name = self.plan.tensors[padding.tensor].name
+                yield (
+                    f"{rows} of the {padding.rows} rows of padding of `{name}` carry trained values (they should be "
+                    f"{padding.value:g}): no tensor has a place for them, they are left out"
+                )
+
+
+def _without_resuming(found: Diagnostic) -> Diagnostic:
+    """A worker's end as an export has it, which keeps nothing of an unfinished run."""
+    if found.code != "worker-died":
+        return found
+    return replace(found, help="where memory ran out, use fewer --jobs or less --memory")
+
+
+def _find(plan: Plan, source: Path | None) -> Path:
+    if source is None:
+        source = recall(plan.made.source or "")
+    if source is None:
+        raise fail(
+            "unknown-source",
+            "where the plan's checkpoint lies is not known on this machine",
+            help="say it with `--source DIR`",
+        )
+    return find_items(source)
+
+
+def companions_digest(outputs: Outputs) -> str:
+    """By which a machine remembers where the files to copy lie."""
+    return "companions " + " ".join(f.header for f in outputs.companions)
+
+
+def _companions(plan: Plan, outputs: Outputs, directory: Path | None) -> dict[str, Path]:
+    """The files to copy. Raises `unknown-source` or `source-changed`."""
+    if not outputs.companions:
+        return {}
+    directory = directory or recall(companions_digest(outputs))
+    if directory is None:
+        raise fail(
+            "unknown-source",
+            f"where the original's files lie is not known on this machine: {outputs.companions[0].name} and others",
+            help="say it with `--config-from DIR`",
+        )
+    for file in outputs.companions:
+        if identify(directory, file.name) != SourceFile(file.name, file.size, file.header):
+            raise fail(
+                "source-changed", f"`{file.name}` is not the file the plan was made from", help="compile the plan again"
+            )
+    return {file.name: directory / file.name for file in outputs.companions}
