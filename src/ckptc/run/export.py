@@ -26,8 +26,8 @@ from ckptc.run.apart import can_fork
 from ckptc.run.exporter import Exporter, units
 from ckptc.run.journal import output_error
 from ckptc.run.memory import peak_resident_bytes
-from ckptc.run.preflight import check_room
 from ckptc.run.pool import Shared, run_workers
+from ckptc.run.preflight import check_room
 from ckptc.run.runner import Progress
 
 
@@ -86,7 +86,9 @@ def export(
 class _Work:
     """What there is to do, spread over workers: the units of the plan, then what no tensor has a place for."""
 
-    def __init__(self, plan: Plan, outputs: Outputs, items: Path, output: Path, writer: CheckpointWriter, jobs: int) -> None:
+    def __init__(
+        self, plan: Plan, outputs: Outputs, items: Path, output: Path, writer: CheckpointWriter, jobs: int
+    ) -> None:
         self.plan, self.outputs, self.items, self.output, self.writer = plan, outputs, items, output, writer
         fitting = plan.choices.memory // max(1, plan.totals.peak_memory_bytes)
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
