@@ -124,6 +124,7 @@ def modes(extra: list[str]) -> list[Mode]:
         Mode("cp + sync", lambda source, output: ["cp", "-rL", str(source), str(output)]),
         Mode("ckptc", ckptc(), sync=False),
         Mode("ckptc --jobs 1", ckptc("--jobs", "1"), sync=False),
+        Mode("ckptc --link", ckptc("--link"), sync=False),
         Mode("numpy + Orbax", naive),
     ]
     found += [Mode(f"ckptc {options}", ckptc(*options.split()), sync=False) for options in extra]

@@ -425,3 +425,29 @@ def test_version(ckptc: Command) -> None:
     import ckptc as package
 
     assert ckptc("--version").out == f"ckptc {package.__version__}\n"
+
+
+# -- links ---------------------------------------------------------------------------------------------------
+
+
+def test_links_are_told_of_before_and_after(ckptc: Command, mapping: str, source: str) -> None:
+    said = ckptc(*PLAN, "--link", "--set", "padded_vocab=12").out
+    assert "writes  32 B of 192 B" in said  # the padding
+    assert "hard links" in said and "in place" in said and "LINKED" in said
+    assert "LINKED" not in ckptc(*PLAN).out
+    done = ckptc(*CONVERT, "--link", "--output", "out", "--quiet")
+    assert (done.code, done.err) == (0, "") and "160 B linked" in done.out
+    assert json.loads(ckptc("verify", "out", "--json").out) == {
+        "arrays": 2,
+        "bytes": 160,
+        "against": "checksums",
+        "linked_arrays": ["params/params/decoder/layers/mlp/wo/kernel", "params/params/token_embedder/embedding"],
+        "linked_bytes": 160,
+    }
+    assert "linked, without checksums: 2 arrays, 160 B" in ckptc("verify", "out").out
+    os.utime("checkpoint/model.safetensors", (0, 0))
+    assert "error[linked-changed]" in ckptc("verify", "out").err
+
+
+def test_exports_do_not_link(ckptc: Command, mapping: str, source: str) -> None:
+    assert "error[cannot-link]" in ckptc(*PLAN, "--link", "--export").err

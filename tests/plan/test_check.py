@@ -29,6 +29,7 @@ STACKED = "params/params/decoder/layers/self_attention/query/kernel"
 def test_what_the_compiler_writes_passes(case: GoldenCase) -> None:
     check_plan(compile_case(case), "plan")
     check_plan(compile_case(case, memory=1 << 12, shards=2), "plan")
+    check_plan(compile_case(case, link=True), "plan")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,33 @@ def coded(plan: Plan) -> Plan:
 def export(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     case = CASES["gemma2.scan"]
     return export_plan(case, converted(case, tmp_path_factory.mktemp("saved") / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"link": (0, 0)}, "cannot be stored in the order [0, 0]"),
+        ({"link": (0,)}, "cannot be stored in the order [0]"),
+        ({"chunk": (80, 48)}, "made one by one"),
+        ({"link": (1, 0)}, "do not link what its totals say"),
+        ({"link": None}, "do not link what its totals say"),
+    ],
+    ids=str,
+)
+def test_links_that_contradict_the_array(change: dict[str, Any], text: str) -> None:
+    plan = compile_case(CASES["llama3_1.scan"], link=True)
+    arrays = [replace(a, **change) if a.name.endswith("/embedding") else a for a in plan.arrays]
+    assert next(a for a in plan.arrays if a.name.endswith("/embedding")).link == (0, 1)
+    assert text in refusal(replace(plan, arrays=tuple(arrays)))
+
+
+def test_links_too_many_to_look_at() -> None:
+    plan = compile_case(CASES["llama3_1.scan"], link=True)
+    array = next(a for a in plan.arrays if a.name.endswith("/embedding"))
+    many, shape = 1 << 22, (1 << 22,)
+    part = Part(0, 0, 0, (AxisMap(0, (Factor(many, 1, 0),)),))
+    huge = replace(array, shape=shape, chunk=(1,), unit=(1,), shards=(1,), axes=(), parts=(part,), link=(0,))
+    assert "chunks along its axes" in refusal(recounted(replace(plan, arrays=(huge,))))
 
 
 def refusal(plan: Plan) -> str:

@@ -126,6 +126,8 @@ def _compile_export(args: argparse.Namespace) -> Plan:
         raise fail("unknown-source", "an export is compiled for a checkpoint", help="say which one with `--source DIR`")
     if args.mesh is not None or args.rules is not None:
         raise fail("bad-mesh", "an export is of whole tensors", help="leave out --mesh and --rules")
+    if args.link:
+        raise fail("cannot-link", "an export writes files of its own", help="leave out --link")
     return export.compiled(args)
 
 

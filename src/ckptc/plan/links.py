@@ -25,6 +25,7 @@ from ckptc.ops.nest import AxisMap, Part, joined, restrict
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Array, Box, Plan, Source
 
+MAX_CHUNKS = 1 << 21  # along the axes of an array, of all its parts: those of a model are thousands
 Numbers = npt.NDArray[Any]  # int64[n]
 
 
@@ -79,6 +80,9 @@ def _links(
     sources: tuple[Source, ...],
     parts: tuple[Part, ...],
 ) -> Links:
+    spans = (a.stop // c - a.start // c + 1 for p in parts for a, c in zip(p.axes, chunk, strict=True))
+    if order is not None and sum(spans) > MAX_CHUNKS:
+        raise ValueError(f"more than {MAX_CHUNKS} chunks along its axes are to be linked")
     found = [Links(*(np.empty(0, np.int64) for _ in Links._fields))]
     if order is not None:
         steps = _steps(chunk, order)

@@ -20,6 +20,7 @@ from ckptc.io.restored import custom_metadata_of
 from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
+from ckptc.plan.links import links
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
 from ckptc.run.behind import WriteBehind
@@ -185,9 +186,10 @@ class _Work:
         """Bytes that the disk must still take: chunks are stored whole, large ones from a block's beginning on, and the
         index names each of them twice."""
         sizes = [prod(a.chunk) * itemsize(a.dtype) for a in self.plan.arrays]
-        stored = sum(place(size, size) * prod(g) for size, g in zip(sizes, self.grids, strict=True))
+        made = [prod(g) - links(a).cells.size for a, g in zip(self.plan.arrays, self.grids, strict=True)]
+        stored = sum(place(size, size) * n for size, n in zip(sizes, made, strict=True))
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
-        return stored - self.plan.totals.linked_bytes - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
+        return stored - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
     def execute(self, on_progress: Callable[[Progress], None]) -> None:
         """Makes every unit that is not done, and closes every writer, those of earlier runs included."""
