@@ -167,7 +167,14 @@ def run(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("CKPTC_TRACEBACK"):
             traceback.print_exc()
         if isinstance(error, OSError):  # a name too long, a lost mount: where no stage has more to say of it
-            return _refused(fail("system-refused", f"the system refused: {error}", help=WHERE), form)
+            return _refused(
+                fail(
+                    "system-refused",
+                    f"the system refused: {error}",
+                    help=f"check the path and its permissions; {WHERE}",
+                ),
+                form,
+            )
         if isinstance(error, MemoryError):
             help = "use less --memory, or fewer --jobs"
             return _refused(fail("out-of-memory", "the system has no more memory for this command", help=help), form)

@@ -36,7 +36,10 @@ OnProgress = Callable[[int, int, str], None]  # bytes verified, of how many, the
 
 AHEAD = 32 << 20  # bytes of chunks that are being read while others are summed
 _STRIP = 1 << 22  # elements compared at once
-_AGAIN = "convert the checkpoint again; if it happens twice, the machine's memory or disk may be at fault"
+_AGAIN = (
+    "convert the checkpoint again, with --restart where its run has not ended; if it happens twice, the machine's memory "
+    "or disk may be at fault"
+)
 
 
 @dataclass(frozen=True, slots=True)
