@@ -8,6 +8,7 @@
              size of files stands in for it
     reads    reads fail, or give fewer bytes than asked for; a shard is cut short, or is gone, and comes back
     source   the source's directory is moved away half way, and put back
+    exports  SIGKILL to exports that replace an older checkpoint
 
 After every fault nothing may lie at the output that looks like a checkpoint, unless it is whole. The same command then
 goes on. What is restored, by plain Orbax, must be what the undisturbed run gave. The exit code is 1 where it was not.
@@ -283,6 +284,44 @@ def source(bench: Bench, rng: random.Random, count: int) -> Iterator[Result]:
         yield disturbed(bench, rng, bench.folder / f"source-{number}", "source gone", lambda: moved(bench.source))
 
 
+def exports(bench: Bench, rng: random.Random, count: int) -> Iterator[Result]:
+    """Exports over an older checkpoint, killed: it is there until the new one is; the next export is whole."""
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "ckptc", "export", "--model", "llama3.1-8b", "--source"]
+        command += [str(bench.folder / "undisturbed"), "--output", str(output), "--config-from", str(bench.source)]
+        return subprocess.Popen([*command, "--force", "--quiet"], stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def files(output: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in output.iterdir() if not p.name.startswith(".")}
+
+    older, whole = {"config.json": b"{}", "model-00001-of-00009.safetensors": b"old"}, bench.folder / "exported"
+    started = time.monotonic()
+    if start(whole).wait(PATIENCE):
+        raise RuntimeError("the undisturbed export failed")
+    seconds, expected = time.monotonic() - started, files(whole)
+    for number in range(max(1, count)):
+        output, result = bench.folder / f"export-{number}", Result("export killed")
+        output.mkdir()
+        for name, content in older.items():
+            (output / name).write_bytes(content)
+        for _ in range(3):
+            process = start(output)
+            time.sleep(rng.uniform(0.3, 1) * seconds)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                result.disturbed += 1
+            process.wait(PATIENCE)
+            found = files(output)
+            if found not in (older, expected) and "config.json" in found:
+                result.wrong = f"half of a checkpoint looks whole: {sorted(found)}"
+        if start(output).wait(PATIENCE) or files(output) != expected or len(os.listdir(output)) != len(expected):
+            result.wrong = result.wrong or f"the next export is another: {sorted(os.listdir(output))}"
+        yield result
+        shutil.rmtree(output)
+    shutil.rmtree(whole)
+
+
 def disturbed(bench: Bench, rng: random.Random, output: Path, name: str, fault: Callable[[], Any]) -> Result:
     """A run during which the source is not as it was; it may fail, in a few words, or come through."""
     result = Result(name, 1)
@@ -332,6 +371,7 @@ FAULTS: dict[str, Callable[[Bench, random.Random, int], Iterator[Result]]] = {
     "room": room,
     "reads": reads,
     "source": source,
+    "exports": exports,
 }
 
 

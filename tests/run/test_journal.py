@@ -143,6 +143,19 @@ def test_a_plan_that_a_crash_left_empty_is_nobodys(output: Path) -> None:
     assert enter(output, OTHER).done == set()
 
 
+@pytest.mark.parametrize("name", [UNFINISHED, LOCK])
+def test_a_link_to_elsewhere_is_not_followed(name: str, output: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    output.mkdir(exist_ok=True)
+    (output / name).symlink_to(elsewhere if name == UNFINISHED else elsewhere / "new")
+    for restart in (False, True):
+        with pytest.raises(InputError, match=r"unwritable-output.*symbolic link"):
+            open_unfinished(output, output / "0", PLAN, restart)
+    assert [p.name for p in elsewhere.iterdir()] == ["precious"]
+
+
 def test_an_output_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"unwritable-output: cannot write to .*/file: File exists"):

@@ -111,7 +111,7 @@ def _lock(output: Path) -> int:
     """The lock's descriptor. A run that ends removes the file: what is locked must still be the file of that name."""
     path = output / LOCK
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
@@ -131,6 +131,8 @@ def _lock(output: Path) -> int:
 
 def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool) -> None:
     directory = unfinished.directory
+    if directory.is_symlink():  # what is not of this run is deleted there: not in a directory that may hold anything
+        raise NotADirectoryError(errno.ENOTDIR, f"{UNFINISHED} is a symbolic link")
     directory.mkdir(exist_ok=True)
     replaced = directory / "replaced"
     if replaced.exists() and not os.path.lexists(final):  # killed between the two renames of `replace`
