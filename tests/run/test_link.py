@@ -4,6 +4,7 @@ reads them, and the source is left as it was.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -251,6 +252,26 @@ def test_another_file_system_is_refused_before_any_work(source: Path, tmp_path: 
         convert(compile_case(CASE), source, output)  # nothing is in another plan's way
     finally:
         shutil.rmtree(output, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EPERM, "no hard links"), (errno.EOPNOTSUPP, "no hard links"), (errno.EMLINK, "as many names")],
+    ids=errno.errorcode.get,
+)
+def test_what_the_system_refuses_to_link_is_said(
+    number: int, said: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which file systems and kernels do is not up to a test."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(InputError) as error:
+        convert(linked(), source, tmp_path / "out")
+    assert codes(error) == {"cannot-link"} and said in str(error.value)
+    assert "--link" in (error.value.diagnostics[0].help or "")
 
 
 def test_a_file_changed_since_is_refused(source: Path, tmp_path: Path) -> None:

@@ -88,10 +88,9 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         "--link",
         action="store_true",
         help="copy nothing that only moves: the output holds hard links to the source's files, on the same file system, "
-        "and refers to the tensors in them; arrays with arithmetic, or in another dtype, are copied. Restoring is "
-        "slower, by up to 3 times, since tensors are transposed then, and sharded along other axes than they are "
-        "stored along. Files of the source that are changed in place afterwards change the checkpoint, too; replaced "
-        "or deleted ones do not",
+        "and refers to the tensors in them; arrays with arithmetic or in another dtype are copied. A restore transposes "
+        "and so takes up to 3 times as long. Source files that are changed in place afterwards change the checkpoint, "
+        "too; deleted or replaced ones do not",
     )
 
 
