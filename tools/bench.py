@@ -125,6 +125,8 @@ def modes(extra: list[str]) -> list[Mode]:
         Mode("ckptc", ckptc(), sync=False),
         Mode("ckptc --jobs 1", ckptc("--jobs", "1"), sync=False),
         Mode("ckptc --link", ckptc("--link"), sync=False),
+        Mode("ckptc --compression blosc-lz4", ckptc("--compression", "blosc-lz4"), sync=False),
+        Mode("ckptc --compression zstd", ckptc("--compression", "zstd"), sync=False),
         Mode("numpy + Orbax", naive),
     ]
     found += [Mode(f"ckptc {options}", ckptc(*options.split()), sync=False) for options in extra]

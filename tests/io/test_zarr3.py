@@ -165,8 +165,8 @@ def test_arrays_come_in_the_order_of_their_keys() -> None:
         chunks.add(f"{name}/c/{i}", 100 + i, 1, file=3)
     keys = []
     for array, there in chunks.by_key():
-        assert [place for _, *place in sorted(there, key=lambda cell: cell[1])] == [[100 + i, 3] for i in range(12)]
-        keys += [*(key for key, _, _ in there), array.metadata_key.encode()]
+        assert [place for _, *place in sorted(there, key=lambda cell: cell[1])] == [[100 + i, 1, 3] for i in range(12)]
+        keys += [*(key for key, *_ in there), array.metadata_key.encode()]
     assert keys == sorted(keys)
     assert len(keys) == len(names) * 13
 

@@ -76,6 +76,15 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         "default ones of the same axes",
     )
     parser.add_argument(
+        "--compression",
+        type=compression,
+        default="none",
+        metavar="none|zstd[:LEVEL]|blosc-lz4",
+        help="of stored chunks (default: none, the fastest). Of bfloat16 weights blosc-lz4 saves 24%% of the bytes for "
+        "some 0.5 CPU seconds per GB, and as much again in each restore; zstd saves 22%%, more of other dtypes, for some 2.5 and 1.5; "
+        "LEVEL is 1 to 22 (default: 3, as Orbax itself)",
+    )
+    parser.add_argument(
         "--memory",
         type=memory,
         default=256 * MIB,
@@ -166,6 +175,16 @@ def size(text: str) -> int:
     if match is None or unit not in _UNITS:
         raise argparse.ArgumentTypeError(f"`{text}` is not a size such as 256MiB")
     return int(float(match.group(1)) * _UNITS[unit])
+
+
+def compression(text: str) -> str:
+    """As plans have it: `zstd` is `zstd:3`."""
+    found = re.fullmatch(r"none|blosc-lz4|zstd(?::([1-9]|1[0-9]|2[0-2]))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is not none, zstd, zstd:LEVEL with a level of 1 to 22, or blosc-lz4"
+        )
+    return f"zstd:{found[1] or 3}" if text.startswith("zstd") else text
 
 
 def memory(text: str) -> int:

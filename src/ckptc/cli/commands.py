@@ -101,6 +101,7 @@ def _compile(args: argparse.Namespace) -> Plan:
         shards=args.shards,
         mesh=mesh,
         rules=rules,
+        compression=args.compression,
         memory=args.memory or Options().memory,
         link=args.link,
     )
@@ -156,8 +157,9 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
         "arrays": plan.totals.arrays,
         "plan": digest,
         "verified": bool(verified),
+        "stored_bytes": sum(p.stat().st_size for p in Path(report.output).rglob("*") if p.is_file()),
     }
-    print(json.dumps(record) if args.json else render.report(plan, report))
+    print(json.dumps(record) if args.json else render.report(plan, report, record["stored_bytes"]))
     if verified and not args.json:
         print(verify.line(verified[0], "source"))
 

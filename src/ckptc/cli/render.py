@@ -270,7 +270,8 @@ def summary(plan: Plan) -> str:
         f"{m.model} ({m.family}), {c.layout}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
         f"reads   {size(t.read_bytes)} of {t.tensors} tensors",
-        f"writes  {written} in {t.arrays} arrays, {count(t.parameters)} parameters",
+        f"writes  {written} in {t.arrays} arrays, {count(t.parameters)} parameters"
+        + (f", compressed: {c.compression}" if c.compression != "none" else ""),
         f"memory  {size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {size(c.memory)}",
         *_mesh(plan),
     ]
@@ -302,12 +303,13 @@ def _links(plan: Plan) -> list[str]:
     ]
 
 
-def report(plan: Plan, report: Report) -> str:
-    """The line at the end of a run."""
+def report(plan: Plan, report: Report, stored: int) -> str:
+    """The line at the end of a run. `stored`: bytes of the checkpoint's files."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
+    compressed = f" as {size(stored)}" if plan.choices.compression != "none" else ""
     linked = f", {size(report.linked_bytes)} linked" if report.linked_bytes else ""
     return (
-        f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written to {report.output} "
+        f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written{compressed} to {report.output} "
         f"in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read{linked}, "
         f"peak memory {size(report.peak_resident_bytes)}"
     )

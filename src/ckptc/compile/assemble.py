@@ -19,7 +19,15 @@ from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
 from ckptc.compile.mesh import Partition, partition
 from ckptc.compile.options import Options
-from ckptc.compile.schedule import ACCOUNTED_MOST, TooManyUnitsError, account, fit, shard_counts, unit_budget
+from ckptc.compile.schedule import (
+    ACCOUNTED_MOST,
+    TooManyUnitsError,
+    account,
+    encoded_bytes,
+    fit,
+    shard_counts,
+    unit_budget,
+)
 from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
@@ -71,7 +79,7 @@ def assemble(
         tensors=table.rows,
         arrays=arrays,
         left_out=_left_out(graph, checkpoint),
-        totals=_totals(arrays, table),
+        totals=_totals(arrays, table, options.compression != "none"),
     )
 
 
@@ -85,7 +93,7 @@ def _left_out(graph: Graph, checkpoint: Checkpoint | None) -> tuple[plan.LeftOut
     )
 
 
-def _totals(arrays: tuple[plan.Array, ...], table: _Table) -> plan.Totals:
+def _totals(arrays: tuple[plan.Array, ...], table: _Table, compressed: bool) -> plan.Totals:
     # Arrays of different layers are alike: each kind is accounted once.
     accounts: dict[object, tuple[int, int]] = {}
     read = peak = 0
@@ -94,7 +102,8 @@ def _totals(arrays: tuple[plan.Array, ...], table: _Table) -> plan.Totals:
         key = (array.shape, array.unit, array.dtype, array.parts, array.link, kinds)
         if key not in accounts:
             accounts[key] = account(array) if array.link is None else link.account(array)
-        read, peak = read + accounts[key][0], max(peak, accounts[key][1])
+        encoded = encoded_bytes(array) if compressed and array.link is None else 0
+        read, peak = read + accounts[key][0], max(peak, accounts[key][1] + encoded)
     return plan.Totals(
         arrays=len(arrays),
         tensors=len(table.rows),
@@ -137,7 +146,7 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
     split = partition(axes, shape, options.mesh, options.rules) if options.mesh else Partition((), ())
     shards = split.shards(options.mesh, len(shape)) if options.mesh else shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
-    budget = unit_budget(options.memory)
+    budget = unit_budget(options.memory, options.compression != "none")
     linked = link.choose(shape, dtype, sources, folded.parts, shards, budget) if options.link else None
 
     def fitted(memory: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

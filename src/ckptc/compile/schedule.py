@@ -40,9 +40,18 @@ class TooManyUnitsError(ValueError):
     """The units of an array are so many that going through them takes minutes."""
 
 
-def unit_budget(memory: int) -> int:
-    """Bytes of buffers that one unit may use under a memory budget."""
-    return min(memory // UNIT_SHARE, UNIT_MOST)
+def unit_budget(memory: int, compressed: bool = False) -> int:
+    """Bytes of buffers that one unit may use under a memory budget.
+
+    A chunk that is compressed is held twice more, encoded: that is at most what the unit itself uses.
+    """
+    most = min(memory // UNIT_SHARE, UNIT_MOST)
+    return most // 2 if compressed else most
+
+
+def encoded_bytes(array: Array) -> int:
+    """Bytes of buffers that encoding a chunk takes."""
+    return 2 * prod(array.chunk) * itemsize(array.dtype)
 
 
 def fit(

@@ -18,7 +18,7 @@ chunk is then known by its key, offset and length. `close` writes the process's 
 indexes of all processes back through TensorStore, proves that they hold every chunk exactly once, and writes
 the index over all of them and the metadata. `commit` makes the directory durable and names it.
 
-Memory: 10 bytes for each chunk of the checkpoint, and one encoded index, about 13 bytes for each chunk.
+Memory: 10 bytes for each chunk of the checkpoint (18 where they are compressed), and one encoded index, about 13 bytes for each chunk.
 File names, JSON fields and their values are what orbax-checkpoint 0.12.8 writes for MaxText's train state.
 """
 
@@ -41,6 +41,7 @@ import numpy.typing as npt
 from ckptc.diagnostics import fail
 from ckptc.io import ocdbt, zarr3
 from ckptc.io.bulk import BulkFile, place
+from ckptc.io.compression import NONE, Encoder
 from ckptc.io.links import LINKED, LinkedChunks
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec, Mesh, array_metadatas, sharding_metadata, tree_metadata
 
@@ -90,6 +91,7 @@ class ItemsWriter:
         self._chunks = _chunks(arrays)
         self._root = directory / "items" / f"ocdbt.process_{process}"
         self._lock = threading.Lock()
+        self._thread = threading.local()  # each has an encoder
         self._closed = False
         self._end = 0  # of the data file, bytes
         for key, offset, length in resume.entries if resume else ():
@@ -109,7 +111,7 @@ class ItemsWriter:
         """Append a chunk, from any thread, and say where it is.
 
         `array`: position in `arrays`; `index`: position in the array's grid; `data`: what
-        `zarr3.Array.data` takes, written from where it is.
+        `zarr3.Array.data` takes, written from where it is unless the array is compressed.
 
         Raises:
             ValueError: data of another size or type, or an index outside the grid.
@@ -117,19 +119,24 @@ class ItemsWriter:
         """
         a, offsets = self._chunks.arrays[array], self._chunks.offsets[array]
         cell, view = a.cell(index), a.data(index, data)
+        if a.compression != NONE:
+            if not hasattr(self._thread, "encoder"):
+                self._thread.encoder = Encoder()
+            view = self._thread.encoder.encode(a.compression, view, a.itemsize)
+        length = view.nbytes
         with self._lock:
             if self._closed or offsets[cell] != zarr3.ABSENT:
                 raise RuntimeError("closed" if self._closed else f"{a.key(index)} is written already")
             offsets[cell] = _BUSY
-            offset = place(self._end, a.chunk_bytes)
-            self._end = offset + a.chunk_bytes
+            offset = place(self._end, length)
+            self._end = offset + length
         try:
             self._data.write(offset, view)
         except BaseException:
             offsets[cell] = zarr3.ABSENT
             raise
-        offsets[cell] = offset
-        return Entry(a.key(index), offset, a.chunk_bytes)
+        self._chunks.put(array, cell, offset, length)
+        return Entry(a.key(index), offset, length)
 
     def sync(self) -> None:
         """Make the chunks written so far durable: to be done before a journal records them."""
@@ -137,9 +144,9 @@ class ItemsWriter:
 
     def entries(self) -> Iterator[Entry]:
         """The chunks written so far, array by array, cell by cell."""
-        for a, key, offset in self._chunks.by_cell():
+        for key, offset, length in self._chunks.by_cell():
             if offset >= 0:
-                yield Entry(key, offset, a.chunk_bytes)
+                yield Entry(key, offset, length)
 
     def state(self) -> WriterState:
         """What a new writer needs to go on where this one is."""
@@ -196,7 +203,7 @@ def finish(
     files += [ocdbt.DataFile(f"{LINKED}/".encode(), name.encode()) for name in linked_files]
     for some in linked:
         chunks.place(some.array, some.cells, some.offsets, some.files + first)
-    missing = [key for _, key, offset in chunks.by_cell() if offset < 0]
+    missing = [key for key, offset, _ in chunks.by_cell() if offset < 0]
     if missing:
         raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
 
@@ -259,7 +266,9 @@ def _chunks(specs: Sequence[ArraySpec]) -> zarr3.Chunks:
             raise ValueError(f"{a.path} cannot be the path of an array beside `step` and `opt_state`")
         if len(a.partition) != len(a.shape):
             raise ValueError(f"{a.name} has shape {a.shape} and partition {a.partition}")
-    return zarr3.Chunks(zarr3.Array(a.name, a.shape, a.dtype, a.chunk, a.order) for a in specs)
+    return zarr3.Chunks(
+        zarr3.Array(a.name, a.shape, a.dtype, a.chunk, a.order, compression=a.compression) for a in specs
+    )
 
 
 def _collect(root: Path, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> None:
@@ -301,8 +310,8 @@ def _collect(root: Path, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> N
 def _entries(chunks: zarr3.Chunks, files: Sequence[ocdbt.DataFile]) -> Iterator[ocdbt.Entry]:
     """The chunks that are there, and `zarr.json` of the arrays that have any, in the order of keys."""
     for a, there in chunks.by_key():
-        for key, offset, file in there:
-            yield ocdbt.Entry(key, ocdbt.Location(files[file], offset, a.chunk_bytes))
+        for key, offset, length, file in there:
+            yield ocdbt.Entry(key, ocdbt.Location(files[file], offset, length))
         if there or not a.chunks:
             yield ocdbt.Entry(a.metadata_key.encode(), a.metadata)
 

@@ -30,10 +30,9 @@ class ArraySpec:
     dtype: str  # as numpy and ml_dtypes spell it: bfloat16, float32, int32, float8_e4m3fn, …
     chunk: tuple[int, ...]  # elements of a storage chunk; chunks at the edge are stored whole
     partition: tuple[int, ...]  # shards along each axis, for the metadata
-    spec: tuple[tuple[str, ...], ...] | None = (
-        None  # of each axis, the mesh axes that shard it; None: AXIS, where it is
-    )
+    spec: tuple[tuple[str, ...], ...] | None = None  # of each axis, mesh axes that shard it; None: AXIS, where it is
     order: tuple[int, ...] | None = None  # axes, slowest first, as chunks are stored; None: as they are
+    compression: str = "none"  # of chunks, as `ckptc.io.compression` has it
 
     @property
     def name(self) -> str:

@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from ckptc.io.compression import NONE, codecs
+
 _NUMPY_TYPES = (
     "bool",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
@@ -99,7 +101,7 @@ def chunk_key(index: Sequence[int]) -> str:
 
 
 class Array:
-    """An array without compression: its chunks in the grid, in the key space, as bytes.
+    """An array: its chunks in the grid, in the key space, as bytes before they are compressed.
 
     A chunk's cell is the row-major number of its index in the grid. `order`: the axes, slowest first, in the order
     that a chunk's elements are stored in; by default the array's own.
@@ -109,7 +111,13 @@ class Array:
     """
 
     def __init__(
-        self, name: str, shape: Sequence[int], dtype: str, chunk: Sequence[int], order: Sequence[int] | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        chunk: Sequence[int],
+        order: Sequence[int] | None = None,
+        compression: str = NONE,
     ) -> None:
         if not name or "/" in name:
             raise ValueError(f"`{name}` cannot be the name of an array: it is empty or has a slash")
@@ -118,12 +126,14 @@ class Array:
         self.chunk = tuple(chunk)
         self.metadata_key = f"{name}/zarr.json"
         self.order = None if order is None or list(order) == list(range(len(order))) else tuple(order)
-        codecs = [transpose_codec(self.order), bytes_codec(dtype)] if self.order else None
-        self.metadata = array_metadata(shape, dtype, chunk, codecs=codecs)
+        self.compression = compression
+        before = [transpose_codec(self.order)] if self.order else []
+        after = codecs(compression, numpy_dtype(dtype).itemsize)
+        self.metadata = array_metadata(shape, dtype, chunk, codecs=[*before, bytes_codec(dtype), *after])
         self.grid = grid(shape, chunk)
         self.chunks = math.prod(self.grid)
         self.itemsize = numpy_dtype(dtype).itemsize
-        self.chunk_bytes = math.prod(chunk) * self.itemsize  # chunks at the edge are stored whole
+        self.chunk_bytes = math.prod(chunk) * self.itemsize  # chunks at the edge are whole too
 
     def key(self, index: Sequence[int]) -> str:
         """The chunk's key in the store, e.g. `params.params.w/c/0/3`."""
@@ -144,7 +154,7 @@ class Array:
         return cell
 
     def data(self, index: Sequence[int], data: memoryview | npt.NDArray[Any]) -> memoryview:
-        """The bytes to store for a chunk, not copied if `data` has them as they are.
+        """The bytes of a chunk, not copied if `data` has them as they are.
 
         `data`: all bytes of a whole chunk, as they are stored; or an ndarray of the chunk's shape; or one of the part of the
         chunk that lies inside the array, which is padded to a whole chunk with the fill value, zero.
@@ -175,9 +185,10 @@ class Array:
 
 
 class Chunks:
-    """Where the chunks of a store's arrays are: of each array, by cell, an offset and a file's number.
+    """Where the chunks of a store's arrays are: of each array, by cell, an offset, a file's number and a length.
 
-    Offsets are in bytes; one below zero says that the chunk is nowhere. Memory: 10 bytes for each chunk.
+    Offsets are in bytes; one below zero says that the chunk is nowhere. Memory: 10 bytes for each chunk, of arrays
+    that are compressed 18.
 
     Raises:
         ValueError: two arrays of one name.
@@ -187,6 +198,7 @@ class Chunks:
         self.arrays = tuple(arrays)
         self.offsets = [np.full(a.chunks, ABSENT, dtype=np.int64) for a in self.arrays]
         self._files = [np.zeros(a.chunks, dtype=np.int16) for a in self.arrays]
+        self._lengths = [np.zeros(a.chunks, dtype=np.int64) if a.compression != NONE else None for a in self.arrays]
         self._by_name = {a.name: i for i, a in enumerate(self.arrays)}
         if len(self._by_name) != len(self.arrays):
             raise ValueError("two arrays have the same name")
@@ -202,11 +214,11 @@ class Chunks:
     def add(self, key: str, offset: int, length: int, file: int) -> None:
         """Say where a chunk is. ValueError when no array has it, it has another length, or it is known."""
         array, cell = self.locate(key)
-        if length != self.arrays[array].chunk_bytes:
-            raise ValueError(f"{key} has {length} bytes, not {self.arrays[array].chunk_bytes}")
+        self.check_length(array, key, length)
         if self.offsets[array][cell] != ABSENT:
             raise ValueError(f"{key} is there twice")
-        self.offsets[array][cell], self._files[array][cell] = offset, file
+        self._files[array][cell] = file
+        self.put(array, cell, offset, length)
 
     def place(self, array: int, cells: npt.NDArray[Any], offsets: npt.NDArray[Any], files: npt.NDArray[Any]) -> None:
         """Say where some of an array's chunks are: int64[n] each. ValueError when one of them is known."""
@@ -214,15 +226,32 @@ class Chunks:
             raise ValueError(f"a chunk of {self.arrays[array].name} is there twice")
         self.offsets[array][cells], self._files[array][cells] = offsets, files
 
-    def by_cell(self) -> Iterator[tuple[Array, str, int]]:
-        """Every chunk's array, key and offset, array by array, cell by cell."""
-        for a, offsets in zip(self.arrays, self.offsets, strict=True):
-            yield from zip(itertools.repeat(a), a.keys(), offsets.tolist(), strict=False)
+    def put(self, array: int, cell: int, offset: int, length: int) -> None:
+        """Say where a chunk of file 0 is, which nobody else writes."""
+        lengths = self._lengths[array]
+        if lengths is not None:
+            lengths[cell] = length
+        self.offsets[array][cell] = offset
 
-    def by_key(self) -> Iterator[tuple[Array, list[tuple[bytes, int, int]]]]:
-        """The arrays in the order of their keys; of each, key, offset and file of the chunks there are."""
-        columns = zip(self.arrays, self.offsets, self._files, strict=True)
+    def check_length(self, array: int, key: str, length: int) -> None:
+        """ValueError where a chunk of the array cannot be stored in so many bytes."""
+        a = self.arrays[array]
+        if length < 1 or (a.compression == NONE and length != a.chunk_bytes):
+            raise ValueError(f"{key} has {length} bytes, not {a.chunk_bytes}")
+
+    def _columns(self, array: int) -> Iterator[tuple[str, int, int, int]]:
+        """Key, offset, length and file of every cell of an array."""
+        a, lengths = self.arrays[array], self._lengths[array]
+        stored = itertools.repeat(a.chunk_bytes, a.chunks) if lengths is None else lengths.tolist()
+        return zip(a.keys(), self.offsets[array].tolist(), stored, self._files[array].tolist(), strict=True)
+
+    def by_cell(self) -> Iterator[tuple[str, int, int]]:
+        """Every chunk's key, offset and length, array by array, cell by cell."""
+        for array in range(len(self.arrays)):
+            yield from ((key, offset, length) for key, offset, length, _ in self._columns(array))
+
+    def by_key(self) -> Iterator[tuple[Array, list[tuple[bytes, int, int, int]]]]:
+        """The arrays in the order of their keys; of each, key, offset, length and file of the chunks there are."""
         # In keys, names end with a slash: "a.b/…" comes after "a.b.c/…", since a dot sorts before it.
-        for a, offsets, files in sorted(columns, key=lambda column: column[0].metadata_key.encode()):
-            cells = zip(map(str.encode, a.keys()), offsets.tolist(), files.tolist(), strict=True)
-            yield a, sorted(cell for cell in cells if cell[1] >= 0)
+        for number, a in sorted(enumerate(self.arrays), key=lambda item: item[1].metadata_key.encode()):
+            yield a, sorted((k.encode(), o, length, f) for k, o, length, f in self._columns(number) if o >= 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptc.diagnostics import fail
 from ckptc.io.bulk import place
+from ckptc.io.compression import NONE
 from ckptc.io.locate import recall
 from ckptc.io.orbax import ItemsWriter, commit, finish, make_durable
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec
@@ -21,7 +22,7 @@ from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.links import links
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Array, Plan
 from ckptc.run import checksum
 from ckptc.run.behind import WriteBehind
 from ckptc.run.journal import UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums, replace
@@ -32,6 +33,7 @@ from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_memory, check_room, check_sha256, check_source
 from ckptc.run.worker import Worker
 
+COMPRESSED_LEAST = 4  # times smaller, at most, is what compression makes of weights
 STEP = "0"  # the step directory that MaxText's converter writes
 
 
@@ -161,11 +163,7 @@ class _Work:
 
     def __init__(self, plan: Plan, directory: Path, files: list[SourceFile], unfinished: Unfinished, jobs: int) -> None:
         self.plan, self.directory, self.files, self.unfinished = plan, directory, files, unfinished
-        meshed = bool(plan.choices.mesh)
-        self.specs = [
-            ArraySpec(a.path, a.shape, a.dtype, a.chunk, a.shards, a.spec if meshed else None, a.link)
-            for a in plan.arrays
-        ]
+        self.specs = [_array_spec(a, plan) for a in plan.arrays]
         self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self.units = forwards(plan)
         self.todo = [n for n in range(len(self.units)) if n not in unfinished.done]
@@ -184,12 +182,18 @@ class _Work:
     @property
     def to_write(self) -> int:
         """Bytes that the disk must still take: chunks are stored whole, large ones from a block's beginning on, and the
-        index names each of them twice."""
+        index names each of them twice.
+
+        How far they can be compressed is known when they are; to a quarter, it is taken: weights are not, and where the
+        disk fills up after all, what is done is kept.
+        """
         sizes = [prod(a.chunk) * itemsize(a.dtype) for a in self.plan.arrays]
         made = [prod(g) - links(a).cells.size for a, g in zip(self.plan.arrays, self.grids, strict=True)]
         stored = sum(place(size, size) * n for size, n in zip(sizes, made, strict=True))
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
-        return stored - kept + 40 * sum(map(prod, self.grids)) + (1 << 16)
+        if self.plan.choices.compression != NONE:
+            stored //= COMPRESSED_LEAST
+        return max(0, stored - kept) + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
     def execute(self, on_progress: Callable[[Progress], None]) -> None:
         """Makes every unit that is not done, and closes every writer, those of earlier runs included."""
@@ -236,6 +240,15 @@ class _Work:
                 tick()
         if not self.shared.stopped:
             writer.close()
+
+
+def _array_spec(array: Array, plan: Plan) -> ArraySpec:
+    spec = array.spec if plan.choices.mesh else None
+    # Chunks that lie in source files are stored as they are, and so the others of their array.
+    compression = plan.choices.compression if array.link is None else NONE
+    return ArraySpec(
+        array.path, array.shape, array.dtype, array.chunk, array.shards, spec, array.link, compression=compression
+    )
 
 
 def find_source(plan: Plan, source: Path | None) -> Path:
