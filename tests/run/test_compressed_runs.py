@@ -17,10 +17,13 @@ from tests.run.test_resume import CASE, SLOW, assert_no_checkpoint, done_units, 
 
 from ckptc.cli import main
 from ckptc.diagnostics import InputError
+from ckptc.io.restored import open_restored
+from ckptc.plan.check import check_plan
 from ckptc.plan.json import dumps, loads
-from ckptc.run import preflight
+from ckptc.run import preflight, runner
 from ckptc.run.verify import check_sums
-from golden import compile_case, differences, expected_of
+from ckptc.spec.target import target_tree
+from golden import compile_case, differences, expected_of, known_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
@@ -73,8 +76,6 @@ def test_room_is_asked_for_only_where_compression_cannot_make_do(
     monkeypatch.setattr(
         preflight.os, "statvfs", lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1), raising=True
     )
-    from ckptc.run import runner
-
     text = dumps(plan)
 
     def run() -> None:
@@ -101,3 +102,22 @@ def test_the_plan_accounts_for_encoded_chunks() -> None:
     assert "compression" not in json.loads(dumps(plain))["choices"]
     for memory in (1 << 14, 1 << 16):
         assert compile_case(CASE, memory=memory, compression="blosc-lz4").totals.peak_memory_bytes <= memory
+
+
+def test_links_a_mesh_and_compression_go_together(tmp_path: Path) -> None:
+    """What is linked is neither compressed nor cut by the mesh; the rest is both."""
+    case = next(case for case in known_cases() if case.id == "llama3_1.scan")
+    mesh = {"mesh": (("fsdp", 2),), "rules": target_tree("maxtext").rules}
+    plan = compile_case(case, link=True, compression="zstd:3", **mesh)
+    check_plan(plan, "plan")
+    text = dumps(plan)
+    runner.run(plan, json.loads(text)["digest"], tmp_path / "out", case.hf)
+    stored = open_restored(tmp_path / "out" / "0")
+    codecs = {a.name: "zstd" in str(stored[a.name].store.codec.to_json()) for a in plan.arrays}
+    linked = {a.name for a in plan.arrays if a.link is not None}
+    assert 0 < len(linked) < len(codecs)
+    assert linked == {name for name, compressed in codecs.items() if not compressed}
+    check_sums(tmp_path / "out" / "0")
+    for a in plan.arrays:
+        found = stored[a.name].start(tuple((0, n) for n in a.shape)).result()
+        assert found.tobytes() == expected_of(case)[a.name].tobytes(), a.name

@@ -127,7 +127,7 @@ def _check_numbers(plan: Plan) -> None:
 
 
 def _check_mesh(plan: Plan, array: Array) -> None:
-    """With a mesh, shards are those of the array's spec, and whole chunks."""
+    """With a mesh, shards are those of the array's spec, and whole chunks unless chunks are linked."""
     sizes = dict(plan.choices.mesh)
     if len(sizes) != len(plan.choices.mesh):
         raise PlanError("its mesh has an axis twice")
@@ -142,7 +142,8 @@ def _check_mesh(plan: Plan, array: Array) -> None:
     if found != array.shards:
         raise PlanError(f"`{array.name}` has shards {list(array.shards)}, its mesh makes {list(found)}")
     for size, shards, chunk in zip(array.shape, found, array.chunk, strict=True):
-        if shards > 1 and (size % shards or size // shards % chunk):
+        # Chunks that lie in source files are what they are there.
+        if size % shards or (shards > 1 and array.link is None and size // shards % chunk):
             raise PlanError(f"shards of `{array.name}` are not whole chunks")
 
 
