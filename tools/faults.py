@@ -367,11 +367,7 @@ def moved(path: Path) -> Iterator[None]:
 
 
 FAULTS: dict[str, Callable[[Bench, random.Random, int], Iterator[Result]]] = {
-    "kills": kills,
-    "room": room,
-    "reads": reads,
-    "source": source,
-    "exports": exports,
+    f.__name__: f for f in (kills, room, reads, source, exports)
 }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -109,17 +110,18 @@ def run(
         work = _Work(plan, directory, files, unfinished, settings.jobs)
         check_room(output, work.to_write)
         work.execute(on_progress)
-        finish(
-            unfinished.checkpoint,
-            work.specs,
-            custom_metadata=custom_metadata(plan, digest, read_sums(unfinished), linked),
-            final=final,
-            started=wall,
-            processes=work.writers,
-            mesh=plan.choices.mesh or ONE_DEVICE,
-            linked=linked.chunks,
-            linked_files=list(linked.files),
-        )
+        with _damage(output):
+            finish(
+                unfinished.checkpoint,
+                work.specs,
+                custom_metadata=custom_metadata(plan, digest, read_sums(unfinished), linked),
+                final=final,
+                started=wall,
+                processes=work.writers,
+                mesh=plan.choices.mesh or ONE_DEVICE,
+                linked=linked.chunks,
+                linked_files=list(linked.files),
+            )
         before_commit(unfinished.checkpoint)
         make_durable(unfinished.checkpoint)  # which may take long, before an older output goes; then two renames
         replace(unfinished, final)
@@ -149,6 +151,16 @@ def _refuse_existing(final: Path) -> None:
             f"there is a checkpoint at {final} already",
             help="choose another --output, or use --force to replace it",
         )
+
+
+@contextmanager
+def _damage(output: Path) -> Iterator[None]:
+    """`damaged-output` for chunks that journals speak of and the unfinished checkpoint does not have."""
+    try:
+        yield
+    except RuntimeError as error:
+        help = "use --restart, which makes all of it again; the disk is to be distrusted"
+        raise fail("damaged-output", f"what is unfinished in {output} is not whole: {error}", help=help) from None
 
 
 def _is_of(final: Path, digest: str) -> bool:
