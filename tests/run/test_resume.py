@@ -409,14 +409,14 @@ def test_workers_hold_the_lock_as_long_as_they_live(plan: Plan, plan_file: Path,
 
 
 def test_a_worker_that_is_killed_ends_the_run_and_the_same_command_goes_on(
-    plan_file: Path, sums: dict[str, str], tmp_path: Path
+    plan: Plan, plan_file: Path, sums: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     patch = "made = worker.Worker.make\nworker.Worker.make = lambda s, n, b: die() if n == 9 else made(s, n, b)"
     code, err = ended(there(plan_file, output, "--jobs", "2", patch=patch))
     assert code == 1 and "error[worker-died]: a worker process was killed (signal 9)" in err
     assert "Traceback" not in err and done_units(output) > 0
-    assert ended(there(plan_file, output, "--jobs", "2")) == (0, "")
+    here(plan, output, jobs=2)
     assert_whole(output, sums)
 
 
@@ -425,7 +425,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_the_same_command_goes_on(
     ("number", "code"), [(errno.ENOSPC, "disk-full"), (errno.EDQUOT, "disk-full"), (errno.EIO, "unwritable-output")]
 )
 def test_a_disk_that_fills_up_says_so_and_leaves_a_state_to_go_on_from(
-    plan_file: Path, sums: dict[str, str], jobs: str, number: int, code: str, tmp_path: Path
+    plan: Plan, plan_file: Path, sums: dict[str, str], jobs: str, number: int, code: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     patch = f"""\
@@ -443,7 +443,7 @@ os.pwrite = full
     assert "the same command goes on from there" in err and "Traceback" not in err
     assert done_units(output) >= 5
     assert_no_checkpoint(output)
-    assert ended(there(plan_file, output, "--jobs", jobs)) == (0, "")
+    here(plan, output, jobs=int(jobs))
     assert_whole(output, sums)
 
 
