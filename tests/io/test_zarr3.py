@@ -190,3 +190,19 @@ def test_arrays_that_zarr_cannot_hold_are_refused(
 def test_names_that_keys_cannot_begin_with_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be the name of an array"):
         zarr3.Array(name, (1,), "int8", (1,))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "uint8"])
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (0, 2, 1), (0, 1, 2)])
+def test_chunks_may_be_stored_with_their_axes_in_another_order(order: tuple[int, ...], dtype: str) -> None:
+    """Those at the edge, too: TensorStore reads what was given."""
+    shape, chunk, expected = (7, 5, 3), (2, 5, 2), values((7, 5, 3), dtype)
+    ours = zarr3.Array("w", shape, dtype, chunk, order)
+    store = ts.KvStore.open("memory://").result()
+    store.write("zarr.json", ours.metadata).result()
+    for index in itertools.product(*map(range, ours.grid)):
+        box = tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunk, strict=True))
+        store.write(zarr3.chunk_key(index), bytes(ours.data(index, expected[box]))).result()
+    array = ts.open({"driver": "zarr3"}, kvstore=store, open=True).result()
+    found = np.asarray(array.read().result())
+    assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
