@@ -110,6 +110,14 @@ def test_a_database_without_metadata_is_listed(tmp_path: Path) -> None:
     assert {a.name for a in open_saved(items)[0].arrays} == with_metadata
 
 
+def test_a_damaged_database_without_metadata_is_an_input_error(tmp_path: Path) -> None:
+    items = save(tmp_path / "items", tree())
+    (items / "_METADATA").unlink()
+    (items / "manifest.ocdbt").write_bytes(b"no manifest")
+    with pytest.raises(InputError, match=r"orbax-array: .*cannot be read: DATA_LOSS"):
+        open_saved(items)
+
+
 @pytest.mark.parametrize("options", STORED, ids=str)
 def test_another_checkpoint_is_not_the_same(options: dict[str, bool], tmp_path: Path) -> None:
     saved, _ = open_saved(save(tmp_path / "a", tree(), **options))

@@ -197,12 +197,22 @@ def _listed(items: Path) -> tuple[list[tuple[str, ...]], bool, bool]:
     import tensorstore as ts
 
     database = {name: value for name, value in _ocdbt(items, "").items() if name != "cache_pool"}
-    store = ts.KvStore.open(database).result()
-    keys = [key.decode() for key in store.list().result()]
+    try:
+        store = ts.KvStore.open(database).result()
+        keys = [key.decode() for key in store.list().result()]
+    except Exception as error:  # as in `ArrayReader._result`
+        raise fail(
+            "orbax-array", f"{items} cannot be read: {_reason(error)}", help="is the checkpoint whole?"
+        ) from None
     for suffix, zarr3 in (("/zarr.json", True), ("/.zarray", False)):
         if found := sorted(tuple(k.removesuffix(suffix).split(".")) for k in keys if k.endswith(suffix)):
             return found, zarr3, True
     raise fail("no-orbax", f"{items} holds a database without arrays", help="is the checkpoint whole?")
+
+
+def _reason(error: Exception) -> str:
+    """TensorStore's words, without the specification that it ends with."""
+    return str(error).partition(" [tensorstore_spec")[0][:300]
 
 
 def _ocdbt(items: Path, path: str) -> dict[str, Any]:
@@ -246,7 +256,7 @@ class ArrayReader:
             name = "/".join(path)
             raise fail(
                 "orbax-array",
-                f"the array {shown(name)} cannot be read: {str(error).partition(' [tensorstore_spec')[0][:300]}",
+                f"the array {shown(name)} cannot be read: {_reason(error)}",
                 help="is the checkpoint whole?",
             ) from None
 
