@@ -22,7 +22,7 @@ from ckptc.spec.mapping import LoopOver, Value
 Names = dict[str, Any]
 
 POINTS_MOST = 150_000  # that loops and stacks may have in all: the largest models have some 70,000 tensors
-SECONDS_MOST = 10.0  # of a processor, to go through them: the largest models take 1
+SECONDS_MOST = 6.0  # of a processor, to go through them: the largest models take 1
 
 
 def matches(name: str, *patterns: str) -> bool:
