@@ -241,12 +241,14 @@ def test_a_replacement_killed_at_any_step_leaves_the_older_output_or_the_new_one
     assert_whole(output, sums)
 
 
-def test_a_run_killed_while_it_tidies_up_has_its_output(plan_file: Path, sums: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_killed_while_it_tidies_up_has_its_output(
+    plan: Plan, plan_file: Path, sums: dict[str, str], tmp_path: Path
+) -> None:
     """There is no trace of a run any more; the output is there, and is said to be."""
     output, patch = tmp_path / "out", AFTER + "after(journal.Unfinished, 'forget')"
     assert ended(there(plan_file, output, "--jobs", "1", patch=patch))[0] == -signal.SIGKILL
-    code, err = ended(there(plan_file, output, "--jobs", "1"))
-    assert code == 1 and "error[output-exists]" in err
+    with pytest.raises(InputError, match="output-exists"):
+        here(plan, output)
     assert checksums(output) == sums
     assert ended(there(plan_file, output, "--jobs", "1", "--force")) == (0, "")
     assert_whole(output, sums)
