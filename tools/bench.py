@@ -1,6 +1,6 @@
 """Measures conversions next to the alternatives, interleaved in one session, as ratios to copying the same bytes.
 
-    python tools/bench.py WORKDIR --gigabytes 3 [--runs 5] [--cold] [--json FILE] [--maxtext-python PYTHON]
+    python tools/bench.py WORKDIR --gigabytes 3 [--runs 5] [--cold] [--export] [--json FILE] [--maxtext-python PYTHON]
 
 Absolute times mean little on a shared machine; ratios within one run do. Every mode runs once per round, the rounds are repeated, and the
 table shows medians: rate relative to `cp` plus sync, CPU seconds per GB written, and the peak resident memory of the whole process tree.
@@ -115,11 +115,26 @@ def ckptc(*options: str) -> Callable[[Path, Path], list[str]]:
     return command
 
 
+def back(*options: str) -> Callable[[Path, Path], list[str]]:
+    """The way back, from what was converted of `source` beside it."""
+
+    def command(source: Path, output: Path) -> list[str]:
+        base = [sys.executable, "-m", "ckptc", "export", "--model", "llama3.1-8b", "--quiet", "--output", str(output)]
+        return [*base, "--source", str(source.parent / "saved"), "--config-from", str(source), *options]
+
+    return command
+
+
 def naive(source: Path, output: Path) -> list[str]:
     return [sys.executable, str(HERE / "bench_naive.py"), str(source), str(output)]
 
 
-def modes(extra: list[str]) -> list[Mode]:
+def modes(extra: list[str], export: bool) -> list[Mode]:
+    if export:
+        exports = ["", "--jobs 1", *extra]
+        files = 'mkdir "$1" && cp "$0"/*.safetensors "$0"/config.json "$1"'
+        copy = Mode("cp + sync", lambda source, output: ["sh", "-c", files, str(source), str(output)])
+        return [copy, *(Mode(f"ckptc export {o}".strip(), back(*o.split()), sync=False) for o in exports)]
     found = [
         Mode("cp + sync", lambda source, output: ["cp", "-rL", str(source), str(output)]),
         Mode("ckptc", ckptc(), sync=False),
@@ -144,8 +159,11 @@ def run(work: Path, wanted: list[Mode], runs: int, cold: bool) -> dict[str, Resu
             shutil.rmtree(output, ignore_errors=True)
             if cold:
                 forget(source)
+                forget(work / "saved")
             else:
                 subprocess.run(["sh", "-c", f"cat {source}/*.safetensors > /dev/null"], check=True)
+                if mode.name.startswith("ckptc export"):
+                    subprocess.run(["sh", "-c", f"cat {work}/saved/0/items/*/d/* > /dev/null"], check=True)
             try:
                 seconds, cpu, peak = measure(mode.command(source, output), output if mode.sync else None)
             except subprocess.CalledProcessError as error:
@@ -186,6 +204,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the source from the page cache before each run")
+    parser.add_argument("--export", action="store_true", help="measure the way back, from Orbax to safetensors")
     parser.add_argument("--only", action="append", help="measure only these modes (cp + sync always)")
     parser.add_argument(
         "--with", action="append", default=[], dest="extra", metavar="OPTIONS", help="also ckptc with these options"
@@ -205,8 +224,10 @@ def main() -> None:
             str(args.gigabytes),
         ]
         subprocess.run(make, check=True)
+    if args.export and not (args.work / "saved" / "0").exists():
+        subprocess.run(ckptc()(source, args.work / "saved"), check=True)
     size = sum(p.stat().st_size for p in source.glob("*.safetensors")) / 1e9
-    wanted = [m for m in modes(args.extra) if not args.only or m.name in args.only or m.name == "cp + sync"]
+    wanted = [m for m in modes(args.extra, args.export) if not args.only or m.name in args.only or m.name == "cp + sync"]
     rows = table(run(args.work, wanted, args.runs, args.cold), size)
     cache = "cold" if args.cold else "warm"
     print(f"\n{size:.2f} GB, {cache} cache, {os.cpu_count()} cores, medians of {args.runs} interleaved runs\n")

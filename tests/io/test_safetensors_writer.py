@@ -153,8 +153,9 @@ def killed_in_commit(directory: Path, step: int, monkeypatch: pytest.MonkeyPatch
             writer.commit({"config.json": "new"}, {"tokenizer.json": directory.parent / "tokenizer"})
     except Killed:
         pass
-    for descriptor in (*writer._descriptors, writer._lock):
-        os.close(descriptor)
+    for file in writer._open:
+        file.abandon()
+    os.close(writer._lock)
     return left < 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 
@@ -24,9 +23,9 @@ from ckptc.ops.nest import Part
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Box, boxes
 from ckptc.plan.outputs import Exported, Kind, Stored
-from ckptc.plan.regions import Numbers, Region, axis_of, needs, strides
+from ckptc.plan.regions import Numbers, Region, axis_of, made_bytes, needs, strides
 
-UNIT_MOST = 64 << 20  # bytes of buffers: larger reads gain nothing, unless a chunk is larger
+UNIT_MOST = 48 << 20  # bytes of buffers: larger reads gain nothing, unless a chunk is larger
 SAMPLE = 64  # tensors of a kind by which shapes of units are compared
 MANY = 1024  # tensors that share no chunk are not made together by the thousand: nothing is gained
 MIB = 1 << 20
@@ -89,10 +88,9 @@ class _Group:
             yield self.kind.sources[source], found
 
     def memory(self, batch: Numbers, unit: Sequence[int]) -> int:
-        """Bytes of buffers of a batch's first unit, which is as large as any: what is read, and one box made of it."""
+        """Bytes of buffers of a batch's first unit, which is as large as any: what is read, and pieces made of it."""
         box = tuple((0, min(u, n)) for u, n in zip(unit, self.kind.shape, strict=True))
-        made = prod(high for _, high in box) * itemsize(self.kind.dtype)
-        return made + sum(r.size * itemsize(s.dtype) for s, r in self.needs(batch, box))
+        return made_bytes(self.kind, box) + sum(r.size * itemsize(s.dtype) for s, r in self.needs(batch, box))
 
     def read(self, batch: Numbers, unit: Shape) -> int:
         """Bytes decoded for all units of a batch."""

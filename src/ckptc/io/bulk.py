@@ -27,7 +27,8 @@ BOUNCE = 4 << 20  # bytes copied at once of pieces that are not aligned in memor
 
 def page_buffer(size: int) -> npt.NDArray[np.uint8]:
     """uint8[size], fresh memory that begins at a page, as direct reads and writes want it."""
-    return np.frombuffer(mmap.mmap(-1, max(1, size)), dtype=np.uint8)[:size]
+    # Private: a child that is forked later has a copy of its own, and the kernel may use huge pages.
+    return np.frombuffer(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE), dtype=np.uint8)[:size]
 
 
 def place(end: int, size: int) -> int:
@@ -60,11 +61,33 @@ class BulkFile:
 
     def write(self, offset: int, view: memoryview) -> None:
         """All bytes of `view` at `offset`."""
-        if len(view) >= LEAST and offset % ALIGN == 0 and self._direct is not None:
+        head = -offset % ALIGN
+        if len(view) >= LEAST + head and self._direct is not None:
+            _write(self._fd, offset, view[:head])
+            offset, view = offset + head, view[head:]
             body = len(view) // ALIGN * ALIGN
             if self._write_directly(self._direct, offset, view[:body]):
                 offset, view = offset + body, view[body:]
         _write(self._fd, offset, view)
+
+    def reserve(self, size: int) -> None:
+        """Room on the disk for a file of `size` bytes, so that a disk too small is known at once; where the system
+        cannot say, its length alone.
+        """
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            os.ftruncate(self._fd, size)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` with what is at `offset`."""
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if not count:
+                raise OSError(errno.EIO, "an unfinished file ends early")
+            view, offset = view[count:], offset + count
 
     def sync(self) -> None:
         """Makes what has been written durable."""

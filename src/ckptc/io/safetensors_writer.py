@@ -14,7 +14,6 @@ directory is locked while files are written to it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -30,13 +29,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import fail
+from ckptc.io.bulk import BulkFile
 from ckptc.io.checkpoint import CONFIG, INDEX
 from ckptc.io.reader import resolve
 
 UNFINISHED = ".ckptc-unfinished"
 REPLACED = ".ckptc-replaced"
 COMMIT = ".ckptc-commit"
-STARTED = 1 << 20  # bytes: shorter runs are left to the system, which writes them together
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, files: Sequence[FileSpec], *, force: bool = False) -> None:
         self._directory, self._files = directory, tuple(files)
-        self._descriptors: list[int] = []
+        self._open: list[BulkFile] = []
         self._committed = False
         self._made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,9 +70,10 @@ class CheckpointWriter:
     def create(self) -> None:
         """Takes the room for every file, and writes what each begins with."""
         for file in self._files:
-            self._descriptors.append(os.open(self._temporary(file.name), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666))
-            _reserve(self._descriptors[-1], file.size)
-            _write_all(self._descriptors[-1], memoryview(file.header), 0)
+            self._open.append(BulkFile(self._temporary(file.name)))
+            self._open[-1].truncate(0)
+            self._open[-1].reserve(file.size)
+            self._open[-1].write(0, memoryview(file.header))
 
     def _claim(self, force: bool) -> None:
         try:
@@ -135,12 +135,9 @@ class CheckpointWriter:
         """
         item = data.itemsize
         view = data.reshape(-1).view(np.uint8).data
-        descriptor, done = self._descriptors[file], 0
+        done = 0
         for first, length in runs(shape, box):
-            at = begin + first * item
-            _write_all(descriptor, view[done : done + length * item], at)
-            if length * item >= STARTED:
-                _start(descriptor, at, length * item)
+            self._open[file].write(begin + first * item, view[done : done + length * item])
             done += length * item
 
     def read_box(
@@ -151,21 +148,16 @@ class CheckpointWriter:
         view = out.reshape(-1).view(np.uint8).data
         done = 0
         for first, length in runs(shape, box):
-            part, at = view[done : done + length * item], begin + first * item
+            self._open[file].read_into(begin + first * item, view[done : done + length * item])
             done += length * item
-            while part:
-                count = os.preadv(self._descriptors[file], [part], at)
-                if not count:
-                    raise OSError(errno.EIO, "an unfinished file ends early", self._files[file].name)
-                part, at = part[count:], at + count
 
     def commit(self, texts: Mapping[str, str], copies: Mapping[str, Path]) -> None:
         """Makes the files durable and gives them their names, then the copies, then `texts`, in their order.
 
         `texts`: index and config by name, the config last. `copies`: files to copy, by the name they get.
         """
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
+        for file in self._open:
+            file.sync()
         for name, source in copies.items():
             _put(self._temporary(name), source.read_bytes())
         for name, text in texts.items():
@@ -188,9 +180,9 @@ class CheckpointWriter:
             self._aside(name).unlink()
 
     def _discard(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+        for file in self._open:
+            file.abandon()
+        self._open = []
         if self._lock < 0:
             return
         if not self._committed:
@@ -212,39 +204,12 @@ class CheckpointWriter:
         self._discard()
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Room on the disk for all of a file, so that a disk too small is known at once; where the system cannot say, its
-    length alone.
-    """
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except (AttributeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, size)
-
-
 def _put(path: Path, content: bytes) -> None:
     """A file on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _start(descriptor: int, at: int, size: int) -> None:
-    """Asks the system to begin writing a range to the disk now, so that little is left to wait for at the end.
-
-    It is not read again soon: on Linux, that is how one says so (posix_fadvise(2); writeback of the range is started).
-    """
-    with suppress(AttributeError, OSError):
-        os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_DONTNEED)
-
-
-def _write_all(descriptor: int, view: memoryview, at: int) -> None:
-    while view:  # the system writes at most 2 GiB at a time
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written
 
 
 def runs(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

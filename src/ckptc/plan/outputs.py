@@ -6,7 +6,7 @@ begin. All else is said once, of their kind: so a plan of tens of thousands of t
 each.
 
 A file is `u64 N` (little-endian), `N` bytes of JSON, the tensors' bytes. The JSON is padded with spaces to a multiple
-of eight, so that tensors begin aligned. Format: the section "Format" of the README at
+of eight, so that tensors begin aligned; in files that are not small, so far that they begin with a page. Format: the section "Format" of the README at
 https://github.com/huggingface/safetensors; names and index as `save_pretrained` of transformers writes them.
 """
 
@@ -24,6 +24,8 @@ from ckptc.plan.model import Box, Exactness, File, boxes
 
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
+PAGE = 4096  # bytes
+SMALL = 1 << 20  # bytes of tensors: files of fewer are not padded to pages
 
 # The format's names of dtypes, by ours.
 DTYPES = {
@@ -167,9 +169,10 @@ def lay_out(
 ) -> tuple[tuple[Exported, ...], tuple[OutputFile, ...]]:
     """The files for tensors in this order, none of more than `most` bytes of them unless a single tensor is larger.
 
-    Within a file the tensors of wider elements come first, as the format's reference writer has them, so that each
-    begins at a multiple of its element's size, which readers that map files rely on. Returns the tensors in that order,
-    too.
+    Within a file the tensors of whole pages come first: all of them begin at a page, and can be written and mapped
+    without a copy. Of the others those of wider elements come first, as the format's reference writer has them, so that
+    each begins at a multiple of its element's size, which readers that map files rely on. Returns the tensors in that
+    order, too.
     """
     groups: list[list[Exported]] = []
     sizes, widths = [k.nbytes for k in kinds], [itemsize(k.dtype) for k in kinds]
@@ -182,7 +185,7 @@ def lay_out(
         size += sizes[tensor.kind]
     files = []
     for number, group in enumerate(groups):
-        group.sort(key=lambda t: -widths[t.kind])
+        group.sort(key=lambda t: (sizes[t.kind] % PAGE != 0, -widths[t.kind]))
         name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         length = len(header(group, kinds))
         files.append(OutputFile(name, length + sum(sizes[t.kind] for t in group), length, len(group)))
@@ -200,7 +203,7 @@ def header(tensors: Sequence[Exported], kinds: Sequence[Kind]) -> bytes:
         entries.append(f'{json.dumps(name, ensure_ascii=False)}:{types[kind]},"data_offsets":[{at},{end}]}}')
         at = end
     text = f"{{{','.join(entries)}}}".encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % (PAGE if at >= SMALL else 8))
     return len(text).to_bytes(8, "little") + text
 
 

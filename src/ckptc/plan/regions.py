@@ -20,6 +20,8 @@ from ckptc.ops.types import itemsize
 from ckptc.plan.model import Box
 from ckptc.plan.outputs import Kind, Padding
 
+PIECE = 4 << 20  # bytes of a tensor that are made and written at once
+
 Numbers = npt.NDArray[Any]
 
 
@@ -154,6 +156,25 @@ def place_in(element: int, shape: Sequence[int], box: Region) -> int:
         index, rest = divmod(rest, step)
         at += (index - start) // stride * inner
     return at
+
+
+def pieces(box: Box, item: int) -> Iterator[Box]:
+    """A box cut along its first axis into pieces of at most PIECE bytes, or of one index: `item` bytes an element."""
+    if not box:
+        yield box
+        return
+    (low, high), *rest = box
+    row = prod(b - a for a, b in rest) * item
+    step = max(1, PIECE // row)
+    for at in range(low, high, step):
+        yield ((at, min(at + step, high)), *rest)
+
+
+def made_bytes(kind: Kind, box: Box) -> int:
+    """Bytes of buffers in which a box of a tensor is made: two pieces."""
+    item = itemsize(kind.dtype)
+    first = next(pieces(box, item))
+    return 2 * prod(high - low for low, high in first) * item
 
 
 def padding_bytes(padding: Padding) -> int:

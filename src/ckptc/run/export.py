@@ -128,11 +128,11 @@ class _Work:
         def body(k: int, tick: Callable[[], None]) -> None:
             written = 0
             try:
-                exporter = Exporter(self.plan, self.outputs, open_reader(self.items), self.writer)
-                while (number := shared.take()) < count:
-                    written += make(exporter, number)
-                    shared.note(k, number, written, exporter.reader.bytes_read)
-                    tick()
+                with Exporter(self.plan, self.outputs, open_reader(self.items), self.writer) as exporter:
+                    while (number := shared.take()) < count:
+                        written += make(exporter, number)
+                        shared.note(k, number, written, exporter.reader.bytes_read)
+                        tick()
             except OSError as error:
                 raise output_error(self.output, error, again="") from None
             except MemoryError:

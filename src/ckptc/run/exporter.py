@@ -2,9 +2,9 @@
 tensor's box is written in place.
 
 A batch is several tensors that lie in the same chunks. For each of its units, what all of them need of each stored
-array is read as one box; from it each tensor's own box is copied, with arithmetic, into one buffer, and written where
-the plan says it belongs in the output. Buffers are as large as the plan's largest unit needs and are reused; besides
-there are the chunks being decoded, and the kernel's scratch.
+array is read as one box; from it each tensor's own box is copied, with arithmetic, piece by piece, and written where
+the plan says it belongs in the output: one piece is made while the other is written. Buffers are as large as the plan's
+largest unit needs and are reused; besides there are the chunks being decoded, and the kernel's scratch.
 
 After the tensors, what no tensor has a place for is looked at: padding that training has changed is counted, and where
 arrays hold a tensor twice, the second is compared with the one that was taken.
@@ -13,25 +13,28 @@ arrays hold a tensor twice, the second is compared with the one that was taken.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ckptc.io.bulk import page_buffer
 from ckptc.io.orbax_reader import ArrayReader
 from ckptc.io.safetensors_writer import CheckpointWriter
 from ckptc.ops.nest import Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box, Plan
 from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored
-from ckptc.plan.regions import Region, indices, needs, padding_region, place_in, within
+from ckptc.plan.regions import Region, indices, made_bytes, needs, padding_region, pieces, place_in, within
 from ckptc.run.kernel import Conversion, Kernel, Loop
 from ckptc.run.worker import Bytes, target_loops
 
-IN_FLIGHT = 32 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
+IN_FLIGHT = 16 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
 SLAB = 64 << 20  # bytes of padding looked at at once
 
 Values = npt.NDArray[Any]
@@ -66,13 +69,15 @@ class Exporter:
         self.plan, self.outputs, self.reader, self.writer = plan, outputs, reader, writer
         self.kernel = Kernel()
         self._held = np.empty(0, dtype=np.uint8)  # boxes of stored arrays
-        self._made = np.empty(0, dtype=np.uint8)  # a box of one tensor
+        self._made = [np.empty(0, dtype=np.uint8)] * 2  # pieces of tensors: one is made while the other is written
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
         self._places = outputs.places()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of buffers."""
-        return self._held.nbytes + self._made.nbytes
+        return self._held.nbytes + sum(made.nbytes for made in self._made)
 
     def make(self, unit: Unit) -> int:
         """Writes a unit; returns how many bytes that were."""
@@ -80,20 +85,37 @@ class Exporter:
         tensors = [self.outputs.tensors[n] for n in batch]
         kind = self.outputs.kinds[tensors[0].kind]
         written = 0
-        for number, values in zip(batch, self._boxes(tensors, kind, box), strict=True):
-            file, begin = self._places[number]
-            self.writer.write_box(file, begin, kind.shape, box, values)
-            written += values.nbytes
+        try:
+            for number, piece, values in self._boxes(tensors, kind, box):
+                file, begin = self._places[batch[number]]
+                self._settle()
+                self._pending = self._thread.submit(self.writer.write_box, file, begin, kind.shape, piece, values)
+                written += values.nbytes
+        finally:
+            self._settle()
         return written
 
-    def _boxes(self, tensors: Sequence[Exported], kind: Kind, box: Box) -> Iterator[Values]:
-        """The same box of each of some tensors of a kind, from boxes of the stored arrays that are read for all of them
-        at once. What is yielded lasts until the next.
+    def _settle(self) -> None:
+        """Waits for what is being written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def __enter__(self) -> Exporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+    def _boxes(self, tensors: Sequence[Exported], kind: Kind, box: Box) -> Iterator[tuple[int, Box, Values]]:
+        """The same box of each of some tensors of a kind, in pieces: the tensor's position, the piece, its values. What
+        all of them need of the stored arrays is read at once. Values last until the next but one are made.
         """
         begins = np.array([t.begins for t in tensors], dtype=np.int64)
         regions = dict(needs(kind, begins, box))
-        shape = tuple(high - low for low, high in box)
-        made = prod(shape) * itemsize(kind.dtype)
+        item = itemsize(kind.dtype)
         sizes = {s: r.size * itemsize(kind.sources[s].dtype) for s, r in regions.items()}
         self._held = _grown(self._held, sum(sizes.values()))
         held: dict[int, Values] = {}
@@ -102,20 +124,25 @@ class Exporter:
             source = kind.sources[s]
             held[s] = self._held[used : used + sizes[s]].view(numpy_dtype(source.dtype))
             used += sizes[s]
-            self._read(tensors[0].arrays[s], source, r, held[s].reshape(r.shape), self._held.nbytes + made)
-        self._made = _grown(self._made, made)
-        flat = self._made[:made].view(numpy_dtype(kind.dtype))
-        copies = [
-            _Copy.of(inside, kind, regions[part.source or 0], shape)
-            for part in kind.parts
-            for inside in restrict_part(part, box)
-        ]
-        for tensor in tensors:
-            for copy in copies:
-                s = copy.source
-                start = place_in(copy.base + tensor.begins[s], kind.sources[s].shape, regions[s])
-                self.kernel.copy(held[s], start, flat, copy.at, copy.loops, copy.conversion)
-            yield flat.reshape(shape)
+            room = self._held.nbytes + made_bytes(kind, box)
+            self._read(tensors[0].arrays[s], source, r, held[s].reshape(r.shape), room)
+        turn = 0
+        for piece in pieces(box, item):
+            shape = tuple(high - low for low, high in piece)
+            copies = [
+                _Copy.of(inside, kind, regions[part.source or 0], shape)
+                for part in kind.parts
+                for inside in restrict_part(part, piece)
+            ]
+            for number, tensor in enumerate(tensors):
+                self._made[turn] = made = _grown(self._made[turn], prod(shape) * item)
+                flat = made[: prod(shape) * item].view(numpy_dtype(kind.dtype))
+                for copy in copies:
+                    s = copy.source
+                    start = place_in(copy.base + tensor.begins[s], kind.sources[s].shape, regions[s])
+                    self.kernel.copy(held[s], start, flat, copy.at, copy.loops, copy.conversion)
+                yield number, piece, flat.reshape(shape)
+                turn = 1 - turn
 
     def _read(self, tensor: int, stored: Stored, region: Region, out: Values, used: int) -> None:
         path = tuple(self.plan.tensors[tensor].name.split("/"))
@@ -132,12 +159,12 @@ class Exporter:
         kind = self.outputs.kinds[twin.kind]
         file, begin = self._places[self._numbers[twin.name]]
         for box in kind.units():
-            taken = np.empty(tuple(high - low for low, high in box), dtype=numpy_dtype(kind.dtype))
-            self.writer.read_box(file, begin, kind.shape, box, taken)
-            (values,) = self._boxes([twin], kind, box)
-            covered = _covered(kind, box)
-            if not np.array_equal(values[covered], taken[covered], equal_nan=True):
-                return True
+            for _, piece, values in self._boxes([twin], kind, box):
+                taken = np.empty_like(values)
+                self.writer.read_box(file, begin, kind.shape, piece, taken)
+                covered = _covered(kind, piece)
+                if not np.array_equal(values[covered], taken[covered], equal_nan=True):
+                    return True
         return False
 
     def trained_rows(self, number: int) -> int:
@@ -212,4 +239,4 @@ def _covered(kind: Kind, box: Box) -> npt.NDArray[np.bool_]:
 
 
 def _grown(buffer: Bytes, size: int) -> Bytes:
-    return buffer if buffer.size >= size else np.empty(size, dtype=np.uint8)
+    return buffer if buffer.size >= size else page_buffer(size)
