@@ -227,7 +227,9 @@ def main() -> None:
     if args.export and not (args.work / "saved" / "0").exists():
         subprocess.run(ckptc()(source, args.work / "saved"), check=True)
     size = sum(p.stat().st_size for p in source.glob("*.safetensors")) / 1e9
-    wanted = [m for m in modes(args.extra, args.export) if not args.only or m.name in args.only or m.name == "cp + sync"]
+    wanted = [
+        m for m in modes(args.extra, args.export) if not args.only or m.name in args.only or m.name == "cp + sync"
+    ]
     rows = table(run(args.work, wanted, args.runs, args.cold), size)
     cache = "cold" if args.cold else "warm"
     print(f"\n{size:.2f} GB, {cache} cache, {os.cpu_count()} cores, medians of {args.runs} interleaved runs\n")
