@@ -145,16 +145,16 @@ def test_the_source_is_read_once_for_a_mesh_too() -> None:
 
 
 def test_an_awkward_share_is_cut_into_whole_chunks(tmp_path: Path) -> None:
-    """Shares of 2 · 1009 rows, of which 1300 would fit: 1009, not two of 1009 and a little."""
+    """Shares of 11 · 173 rows, of which 600 would fit: eleven chunks, and not four of which the last is smaller."""
     (tmp_path / "m.yaml").write_text(
-        "family: f\ntarget: maxtext\ndims: { vocab: 4 * 2018, embed: 4096 }\nmodels: { m: { repo: r } }\n"
+        "family: f\ntarget: maxtext\ndims: { vocab: 4 * 1903, embed: 4096 }\nmodels: { m: { repo: r } }\n"
         "tensors: { token_embedder/embedding: { from: a, as: vocab embed } }\n",
         "utf-8",
     )
     mapping = load_mapping(tmp_path / "m.yaml")
-    options = Options(mesh=(("tensor", 4),), rules=TREE.rules, memory=4 * 1300 * 4096 * 4)
+    options = Options(mesh=(("tensor", 4),), rules=TREE.rules, memory=4 * 600 * 4096 * 4)
     (array,) = compile_plan(mapping, mapping.models["m"], options).arrays
-    assert (array.shards, array.chunk) == ((4, 1), (1009, 4096))
+    assert (array.shards, array.chunk) == ((4, 1), (173, 4096))
 
 
 def test_a_plan_keeps_its_mesh() -> None:

@@ -146,13 +146,14 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
     split = partition(axes, shape, options.mesh, options.rules) if options.mesh else Partition((), ())
     shards = split.shards(options.mesh, len(shape)) if options.mesh else shard_counts(shape, options.shards)
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
-    budget = unit_budget(options.memory, options.compression != "none")
+    compressed = options.compression != "none"
+    budget = unit_budget(options.memory, compressed)
     linked = link.choose(shape, dtype, sources, folded.parts, shards, budget) if options.link else None
 
     def fitted(memory: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Chunk and unit within a budget; None where there would be too many."""
         try:
-            return fit(shape, dtype, sources, folded.parts, shards, unit_budget(memory), bool(options.mesh))
+            return fit(shape, dtype, sources, folded.parts, shards, unit_budget(memory, compressed), bool(options.mesh))
         except TooManyUnitsError:
             return None
 
