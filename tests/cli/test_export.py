@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,43 @@ def test_exactness_in_words(given: Exactness, text: str) -> None:
     from ckptc.cli.export import exactness
 
     assert exactness(given) == text
+
+
+# Each unit takes a moment, so that both workers have some; one of them is killed if the test says so.
+WORKERS = """
+import os, signal, sys, time
+from ckptc.cli.main import main
+from ckptc.run.exporter import Exporter
+make, parent = Exporter.make, os.getpid()
+def slowly(self, unit):
+    assert os.getpid() != parent, "made by workers"
+    time.sleep(0.02)
+    with open("pids", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    if os.path.exists("kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(self, unit)
+Exporter.make = slowly
+main()
+"""
+
+
+def by_workers() -> subprocess.CompletedProcess[str]:
+    argv = ["export", "--model", MODEL, "--source", SAVED, "--output", "out", "--config-from", ORIGINAL, "--jobs", "2"]
+    command = [sys.executable, "-c", WORKERS, *argv, "--quiet"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_workers_make_the_same(ckptc: Command) -> None:
+    done = by_workers()
+    assert done.returncode == 0, done.stderr
+    assert len(set(Path("pids").read_text("utf-8").split())) == 2
+    assert ckptc("diff", "out", ORIGINAL).code == 0
+
+
+def test_a_killed_worker_leaves_nothing(ckptc: Command) -> None:
+    Path("kill").touch()
+    done = by_workers()
+    assert done.returncode == 1 and "error[worker-died]" in done.stderr, done.stderr
+    assert "goes on from there" not in done.stderr and not Path("out").exists()
