@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptc.spec.mapping import Mapping
 
-QUANTIZATION = ("quantization_config", "compression_config")
+QUANTIZATION = ("quantization_config", "compression_config", "expert_dtype")  # the last: DeepSeek V4's fp4 experts
 DTYPE_KEYS = ("dtype", "torch_dtype")
 PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
 
