@@ -25,7 +25,7 @@ from ckptc.plan.outputs import INDEX, Outputs, config_text, header, index
 from ckptc.run.apart import can_fork
 from ckptc.run.exporter import Exporter, units
 from ckptc.run.journal import output_error
-from ckptc.run.memory import peak_resident_bytes
+from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
 from ckptc.run.runner import Progress
@@ -127,6 +127,7 @@ class _Work:
 
         def body(k: int, tick: Callable[[], None]) -> None:
             written = 0
+            return_large_blocks()
             try:
                 with Exporter(self.plan, self.outputs, open_reader(self.items), self.writer) as exporter:
                     while (number := shared.take()) < count:

@@ -34,7 +34,7 @@ from ckptc.plan.regions import Region, indices, made_bytes, needs, padding_regio
 from ckptc.run.kernel import Conversion, Kernel, Loop
 from ckptc.run.worker import Bytes, target_loops
 
-IN_FLIGHT = 16 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
+IN_FLIGHT = 8 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
 SLAB = 64 << 20  # bytes of padding looked at at once
 
 Values = npt.NDArray[Any]

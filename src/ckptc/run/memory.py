@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from contextlib import suppress
 
 
 def peak_resident_bytes() -> int:
@@ -26,3 +28,18 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_resident_bytes()
+
+
+LARGE = 1 << 20  # bytes
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+
+def return_large_blocks() -> None:
+    """From now on, blocks of LARGE bytes or more go back to the system as soon as they are freed, where the C library
+    can be told so (glibc).
+
+    By itself it raises its threshold to the largest block that was freed, and then keeps such blocks, for each thread
+    apart: chunks that a library decodes in its threads would add up to hundreds of megabytes that hold nothing.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
