@@ -17,7 +17,7 @@ import pytest
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
-from ckptc.run import runner
+from ckptc.run import runner, work
 from ckptc.run.preflight import check_memory, check_room, check_sha256, check_source, hub_sha256, read_sums
 from ckptc.run.runner import Settings
 from golden import compile_case, known_cases
@@ -82,7 +82,7 @@ def disk(monkeypatch: pytest.MonkeyPatch, free: int, blocks: int = 1 << 40) -> l
 
 def test_too_little_room_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk(monkeypatch, free=100 << 10)
-    monkeypatch.setattr(runner._Work, "execute", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(work.Work, "execute", lambda *_: pytest.fail("it began"))
     found = refused(lambda: run(PLAN, CASE.hf, tmp_path / "out"))
     assert found.code == "disk-full" and str(tmp_path / "out") in found.message
     assert found.notes[1] == "found: 102400 bytes"

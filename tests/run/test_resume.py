@@ -27,7 +27,7 @@ from ckptc.diagnostics import InputError
 from ckptc.io.orbax import ItemsWriter
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Plan
-from ckptc.run import journal, runner
+from ckptc.run import journal, runner, worker
 from ckptc.run.journal import LOCK, UNFINISHED
 from ckptc.run.runner import Settings
 from ckptc.run.verify import check_sums
@@ -85,7 +85,7 @@ def there(plan_file: Path, output: Path, *options: str, patch: str = "") -> subp
     script = f"""\
 import os, signal, time
 from ckptc.cli.main import main
-from ckptc.run import journal, pool, runner, worker
+from ckptc.run import journal, pool, runner, work, worker
 journal.SYNC_BYTES = 1
 os.fsync = os.fdatasync = lambda descriptor: None
 def die(*_, **__):
@@ -202,12 +202,12 @@ def after(module, name):
 
 NEW = [
     "after(journal.Journal, '__init__')",
-    "after(runner.ItemsWriter, 'write_chunk')",
+    "after(work.ItemsWriter, 'write_chunk')",
     "os.fsync = die",
     "os.truncate = os.ftruncate = die",
     "after(journal.Journal, 'flush')",
-    "runner.ItemsWriter.close = die",
-    "after(runner.ItemsWriter, 'close')",
+    "work.ItemsWriter.close = die",
+    "after(work.ItemsWriter, 'close')",
     "after(runner, 'commit')",
 ]
 OLDER = ["runner.open_unfinished = die", "after(runner, 'open_unfinished')", "runner.finish = die"]
@@ -255,7 +255,7 @@ def test_a_run_killed_while_it_tidies_up_has_its_output(
 
 
 def test_units_that_are_done_are_not_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, units, output = runner.Worker.make, [], tmp_path / "out"
+    made, units, output = worker.Worker.make, [], tmp_path / "out"
 
     def make(self: Any, number: int, box: Any) -> int:
         if len(units) == 100:
@@ -263,7 +263,7 @@ def test_units_that_are_done_are_not_made_again(plan: Plan, tmp_path: Path, monk
         units.append((number, box))
         return made(self, number, box)
 
-    monkeypatch.setattr(runner.Worker, "make", make)
+    monkeypatch.setattr(worker.Worker, "make", make)
     with pytest.raises(KeyboardInterrupt):
         here(plan, output)
     first = units[:]
@@ -476,7 +476,7 @@ def test_ctrl_c_keeps_what_is_done(plan_file: Path, sums: dict[str, str], tmp_pa
 
 def test_a_source_that_goes_away_half_way_is_an_input_error(plan: Plan, tmp_path: Path) -> None:
     source = Path(shutil.copytree(CASE.hf, tmp_path / "source"))
-    made, count = runner.Worker.make, 0
+    made, count = worker.Worker.make, 0
 
     def make(self: Any, number: int, box: Any) -> int:
         nonlocal count
@@ -488,7 +488,7 @@ def test_a_source_that_goes_away_half_way_is_an_input_error(plan: Plan, tmp_path
 
     digest = json.loads(dumps(plan))["digest"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.Worker, "make", make)
+        patch.setattr(worker.Worker, "make", make)
         with pytest.raises(InputError, match="source-truncated"):
             runner.run(plan, digest, tmp_path / "out", source)
     assert count < 60 and done_units(tmp_path / "out") >= 49

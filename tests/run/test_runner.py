@@ -23,7 +23,7 @@ from ckptc.io.checkpoint import open_checkpoint
 from ckptc.io.orbax import ItemsWriter
 from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
-from ckptc.run import runner
+from ckptc.run import runner, worker
 from ckptc.run.runner import Progress, Settings
 from ckptc.spec.mapping import find_model
 from reference import DATA
@@ -152,16 +152,16 @@ def test_a_source_cut_short_half_way_leaves_no_checkpoint(
     jobs: int, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = compiled(source)
-    make, made = runner.Worker.make, output.with_name("made")
+    make, made = worker.Worker.make, output.with_name("made")
 
-    def cutting(worker: Any, number: int, box: Any) -> int:
+    def cutting(self: Any, number: int, box: Any) -> int:
         if made.exists():  # in whichever process: the second unit finds the files cut
             for file in FILES:
                 os.truncate(source / file, 2000)
         made.touch()
-        return make(worker, number, box)
+        return make(self, number, box)
 
-    monkeypatch.setattr(runner.Worker, "make", cutting)
+    monkeypatch.setattr(worker.Worker, "make", cutting)
     (found,) = refused(plan, output, source, Settings(jobs=jobs))
     assert found.code == "source-truncated"
     assert any(file in found.message for file in FILES)

@@ -141,6 +141,29 @@ def jobs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def together(parser: argparse.ArgumentParser) -> None:
+    """How several processes run one plan. `ckptc.cli.together` reads them."""
+    group = parser.add_argument_group(
+        "several processes or machines",
+        "The same command is started once for each process, with a shared --output; each makes its part of the plan, by "
+        "bytes, and process 0 commits. The source may lie elsewhere on each machine.",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, and the others find it")
+    group.add_argument("--num-processes", type=positive, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=whole, metavar="I", help="which of them this one is, from 0")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="instead of these three: as JAX finds out from the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU)",
+    )
+    group.add_argument(
+        "--wait",
+        type=positive,
+        metavar="SECONDS",
+        help="how long processes wait for each other at the start (default: 300)",
+    )
+
+
 def setting(text: str) -> tuple[str, int | float | bool | str]:
     """`name=value`; the value is a number, true or false, or an expression over other dims."""
     name, equals, value = text.partition("=")
@@ -166,6 +189,10 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number above 0")
     return int(text)
+
+
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def size(text: str) -> int:

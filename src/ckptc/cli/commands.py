@@ -9,9 +9,9 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptc.cli import export, render
+from ckptc.cli import export, render, together
 from ckptc.cli.progress import show_progress
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.mesh import Mesh, read_mesh
@@ -21,10 +21,14 @@ from ckptc.io.checkpoint import open_checkpoint
 from ckptc.io.locate import remember
 from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
+from ckptc.plan.division import balance
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Mapping, Model, find_model, load_mapping, shipped
 from ckptc.spec.rules import load_rules
 from ckptc.spec.target import Rules, target_tree
+
+if TYPE_CHECKING:
+    from ckptc.run.peers import Alone
 
 _PLAN_BEGINS = b'{\n "format":'
 
@@ -42,15 +46,22 @@ def models(args: argparse.Namespace) -> None:
 
 def compile_(args: argparse.Namespace) -> None:
     plan = _compile_export(args) if args.export else _compile(args)
+    if args.num_processes and plan.made.kind == "export":
+        raise fail("not-divided", "an export is the work of one process")
     text = plan_json.dumps(plan)
     if args.plan_file:
         write_plan(Path(args.plan_file), text, args.force)
     if args.dump_plan:
         sys.stdout.write(text)
     elif args.json:
-        print(json.dumps(export.summary_record(plan) if args.export else render.summary_record(plan), indent=1))
+        record = export.summary_record(plan) if args.export else render.summary_record(plan)
+        if args.num_processes:
+            record["processes"] = asdict(balance(plan, args.num_processes))
+        print(json.dumps(record, indent=1))
     else:
         print(export.summary(plan) if args.export else render.summary(plan))
+        if args.num_processes:
+            print(f"\n{render.balance(balance(plan, args.num_processes))}")
         if args.plan_file:
             # Made without a checkpoint, a plan is to be read and compared; there are no bytes to run it on.
             runs = f"; `ckptc run {args.plan_file} --output DIR` executes it" if plan.made.source else ""
@@ -58,13 +69,16 @@ def compile_(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    plan, text = read_plan(Path(args.plan))
-    if plan.made.kind == "export":
-        companions = Path(args.config_from) if args.config_from else None
+    with together.peers(args) as peers:
+        plan, text = read_plan(Path(args.plan))
         source = Path(args.source) if args.source else None
-        export.execute(plan, json.loads(text)["digest"], args, source, companions)
-        return
-    _execute(plan, text, args, Path(args.source) if args.source else None)
+        if plan.made.kind != "export":
+            _execute(plan, text, args, source, peers)
+            return
+        if args.distributed or args.coordinator:
+            raise fail("not-divided", "an export is the work of one process", help="leave out the options of several")
+    companions = Path(args.config_from) if args.config_from else None
+    export.execute(plan, json.loads(text)["digest"], args, source, companions)
 
 
 def read_plan(path: Path) -> tuple[Plan, bytes]:
@@ -82,8 +96,9 @@ def read_plan(path: Path) -> tuple[Plan, bytes]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    plan = _compile(args)
-    _execute(plan, plan_json.dumps(plan), args, Path(args.source))
+    with together.peers(args) as peers:
+        plan = _compile(args)
+        _execute(plan, plan_json.dumps(plan), args, Path(args.source), peers)
 
 
 def _mappings(file: str | None) -> tuple[Mapping, ...] | None:
@@ -136,7 +151,7 @@ def find(args: argparse.Namespace) -> tuple[Mapping, Model]:
     return find_model(args.model, _mappings(args.mapping))
 
 
-def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Path | None) -> None:
+def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Path | None, peers: Alone) -> None:
     from ckptc.cli import verify
     from ckptc.run.runner import Settings
     from ckptc.run.runner import run as run_plan
@@ -150,7 +165,7 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
             verified.append(verify.against_source(plan, step, source, args.mapping, on_progress))
 
         before_commit = check if args.verify else lambda step: None
-        report = run_plan(plan, digest, Path(args.output), source, on_progress, settings, before_commit)
+        report = run_plan(plan, digest, Path(args.output), source, on_progress, settings, before_commit, peers)
     record: dict[str, Any] = {
         **asdict(report),
         "model": plan.made.model,

@@ -70,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     shown = compile_.add_mutually_exclusive_group()
     shown.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and nothing else")
     shown.add_argument("--json", action="store_true", help="print the summary as JSON")
+    compile_.add_argument(
+        "--num-processes",
+        type=arguments.positive,
+        metavar="N",
+        help="also say how evenly N processes would share the work, and how it would scale up to N",
+    )
     compile_.add_argument("--force", action="store_true", help="let -o replace a file that is not a plan")
 
     run = commands.add_parser(
@@ -90,12 +96,14 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--mapping", metavar="FILE", help="for --verify: the plan's mapping, if it is not a shipped one")
     arguments.execution(run)
+    arguments.together(run)
 
     convert = commands.add_parser(
         "convert", help="compile and run in one", description="Compiles, then runs, with the options of both."
     )
     arguments.compilation(convert, source_required=True)
     arguments.execution(convert)
+    arguments.together(convert)
 
     export.add_export(commands)
     export.add_diff(commands)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptc.run.runner import Progress
+    from ckptc.run.work import Progress
 
 SHOWN = 60  # characters of an array's name
 

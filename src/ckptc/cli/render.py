@@ -13,6 +13,7 @@ from ckptc.diagnostics import Diagnostic
 from ckptc.spec.resources import mapping_files
 
 if TYPE_CHECKING:
+    from ckptc.plan.division import Balance
     from ckptc.plan.model import Plan
     from ckptc.run.runner import Report
     from ckptc.spec.mapping import Mapping, Model
@@ -303,13 +304,29 @@ def _links(plan: Plan) -> list[str]:
     ]
 
 
+def balance(balance: Balance) -> str:
+    """How evenly some processes share the work, and what it makes of the speed."""
+    rows: list[tuple[str, ...]] = [("EACH OF", "READS", "AT LEAST", "AT MOST", "WRITES", "AT LEAST", "AT MOST")]
+    spreads = [size(x) for s in (balance.read, balance.written) for x in (s.mean, s.least, s.most)]
+    rows.append((f"{balance.processes} processes", *spreads))
+    scaling = ", ".join(f"{n}: {speed:.3g}" for n, speed in balance.scaling)
+    return f"{table(rows)}\ntimes as fast, as far as bytes decide, with processes: {scaling}"
+
+
 def report(plan: Plan, report: Report, stored: int) -> str:
     """The line at the end of a run. `stored`: bytes of the checkpoint's files."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
     compressed = f" as {size(stored)}" if plan.choices.compression != "none" else ""
     linked = f", {size(report.linked_bytes)} linked" if report.linked_bytes else ""
+    if report.process:
+        return (
+            f"{plan.made.model}: process {report.process} of {report.processes} has written {size(report.write_bytes)} of "
+            f"{report.output} in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read, "
+            f"peak memory {size(report.peak_resident_bytes)}"
+        )
+    by = f"by {report.processes} processes " if report.processes > 1 else ""
     return (
         f"{plan.made.model}: {plan.totals.arrays} arrays, {size(report.write_bytes)} written{compressed} to {report.output} "
-        f"in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read{linked}, "
+        f"{by}in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read{linked}, "
         f"peak memory {size(report.peak_resident_bytes)}"
     )

@@ -14,8 +14,8 @@ from ckptc.diagnostics import fail
 from ckptc.plan.model import Plan
 
 if TYPE_CHECKING:
-    from ckptc.run.runner import Progress
     from ckptc.run.verify import Verified
+    from ckptc.run.work import Progress
 
 SHOWN = 20  # names of linked arrays
 
@@ -73,8 +73,9 @@ def against_source(
     from ckptc.io.checkpoint import open_checkpoint
     from ckptc.ir.source import SourceFile
     from ckptc.run.preflight import check_source
-    from ckptc.run.runner import Progress, find_source
+    from ckptc.run.runner import find_source
     from ckptc.run.verify import compare
+    from ckptc.run.work import Progress
     from ckptc.spec.mapping import find_model, load_mapping
 
     if plan.made.kind != "import":
@@ -88,8 +89,8 @@ def against_source(
 
 
 def _sums(step: Path, on_progress: Callable[[Progress], None]) -> Verified:
-    from ckptc.run.runner import Progress
     from ckptc.run.verify import check_sums
+    from ckptc.run.work import Progress
 
     return check_sums(step, lambda done, total, name: on_progress(Progress(done, total, name)))
 

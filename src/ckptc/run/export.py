@@ -28,7 +28,7 @@ from ckptc.run.journal import output_error
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
-from ckptc.run.runner import Progress
+from ckptc.run.work import Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@
     <output>/.ckptc-unfinished/
         plan                         digest of the one plan that all of this belongs to
         linked                       there once source files have been linked into the checkpoint
+        process.I                    of several processes: held by process I, which has joined
+        token                        of several processes: what process 0 has said, so that each knows that it sees this
         journal.K                    what writer K has made durable: its data file, then a line for each batch of units
         checkpoint/                  the unfinished checkpoint, renamed when it is whole
         replaced/                    an older output, for the moment between two renames
@@ -58,10 +60,10 @@ def output_error(output: Path, error: OSError, again: str = GOES_ON) -> InputErr
 
 @dataclass
 class Unfinished:
-    """An output directory's unfinished run, locked by this process."""
+    """An output directory's unfinished run, locked by this process, or joined by it."""
 
     output: Path
-    lock: int  # descriptor
+    lock: int | None  # descriptor
     done: set[int] = field(default_factory=set)  # units, as positions in the plan's order of work
     writers: dict[int, WriterState] = field(default_factory=dict)  # what each earlier writer has written
     committed: bool = False  # whether the checkpoint has its name already: killed while it tidied up, it seems
@@ -84,8 +86,10 @@ class Unfinished:
         (self.output / LOCK).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Gives the lock back; what is unfinished stays for the next run."""
-        os.close(self.lock)
+        """Gives the lock back, if that is not done already; what is unfinished stays for the next run."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 def open_unfinished(output: Path, final: Path, plan_digest: str, restart: bool = False) -> Unfinished:
@@ -111,22 +115,25 @@ def _lock(output: Path) -> int:
     """The lock's descriptor. A run that ends removes the file: what is locked must still be the file of that name."""
     path = output / LOCK
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
-                    return lock
-        except OSError as error:
-            os.close(lock)
-            if error.errno not in _LOCKED:
-                raise
-            help = "wait for it, or choose another --output"
-            raise fail("output-busy", f"another run is writing to {output}", help=help) from None
-        except BaseException:
-            os.close(lock)
-            raise
+        lock = flock(path, output)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
         os.close(lock)
+
+
+def flock(path: Path, output: Path) -> int:
+    """The descriptor of a file that this process has locked. Raises `output-busy` when another process has."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno not in _LOCKED:
+            raise
+        help = "wait for it, or choose another --output"
+        raise fail("output-busy", f"another run is writing to {output}", help=help) from None
+    return lock
 
 
 def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool) -> None:
@@ -134,6 +141,8 @@ def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool)
     if directory.is_symlink():  # what is not of this run is deleted there: not in a directory that may hold anything
         raise NotADirectoryError(errno.ENOTDIR, f"{UNFINISHED} is a symbolic link")
     directory.mkdir(exist_ok=True)
+    for path in directory.glob("process.*"):  # of an earlier run, that of a dead process 0: some may still live
+        os.close(flock(path, unfinished.output))
     replaced = directory / "replaced"
     if replaced.exists() and not os.path.lexists(final):  # killed between the two renames of `replace`
         os.rename(replaced, final)
@@ -153,14 +162,20 @@ def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool)
     if not unfinished.checkpoint.exists() and (any(_journals(directory)) or (directory / "linked").exists()):
         unfinished.committed = True
         return
-    for process, path in _journals(directory):
+    read_writers(unfinished, [process for process, _ in _journals(directory)])
+    _keep(directory, unfinished.writers)
+
+
+def read_writers(unfinished: Unfinished, processes: Iterable[int]) -> None:
+    """Takes in what the journals of some writers say."""
+    for process in processes:
+        path = unfinished.directory / f"journal.{process}"
         read = _Lines(unfinished.checkpoint, process, path)
         if read.file is None:
             continue
         os.truncate(path, read.length)  # a line that a crash cut short, so that the next one does not continue it
         unfinished.done.update(read.units)
         unfinished.writers[process] = WriterState(read.file, tuple(read.entries))
-    _keep(directory, unfinished.writers)
 
 
 def _keep(directory: Path, writers: Iterable[int]) -> None:

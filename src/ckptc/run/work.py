@@ -1,0 +1,156 @@
+"""The units of a run, or of one process of it: read, made and written by workers, each noted in a journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ckptc.diagnostics import fail
+from ckptc.io.bulk import place
+from ckptc.io.compression import NONE
+from ckptc.io.orbax import ItemsWriter
+from ckptc.io.orbax_metadata import ArraySpec
+from ckptc.io.reader import RangeReader
+from ckptc.io.zarr3 import grid
+from ckptc.ir.source import SourceFile
+from ckptc.ops.types import itemsize
+from ckptc.plan.links import links
+from ckptc.plan.model import Array, Plan
+from ckptc.plan.order import forwards
+from ckptc.run.behind import WriteBehind
+from ckptc.run.distributed import Written, divided
+from ckptc.run.journal import Journal, Unfinished, output_error
+from ckptc.run.memory import peak_resident_bytes
+from ckptc.run.peers import Alone
+from ckptc.run.pool import Shared, run_workers
+from ckptc.run.worker import Worker
+
+COMPRESSED_LEAST = 4  # times smaller, at most, is what compression makes of weights
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: bytes of target arrays written, of all, and the array being made."""
+
+    written: int
+    total: int
+    array: str
+
+
+class Work:
+    """The units of a plan that this process makes, spread over workers."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: Path,
+        files: list[SourceFile],
+        unfinished: Unfinished,
+        jobs: int,
+        peers: Alone,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.peers, self.on_progress = peers, on_progress
+        self.plan, self.directory, self.files, self.unfinished = plan, directory, files, unfinished
+        self.specs = [_array_spec(a, plan) for a in plan.arrays]
+        self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
+        self.units = forwards(plan)
+        self.todo = divided(peers, plan, self.units, [n for n in range(len(self.units)) if n not in unfinished.done])
+        fitting = max(1, plan.choices.memory // max(1, plan.totals.peak_memory_bytes))
+        self.jobs = max(1, min(jobs, fitting, len(self.todo)))
+        self.shared = Shared(self.jobs)
+        self.resumed = 0 if peers.process else sum(self._size(n) for n in unfinished.done)
+
+    def _size(self, number: int) -> int:
+        """Bytes of the arrays that a unit makes."""
+        unit = self.units[number]
+        return prod(high - low for low, high in unit.box) * itemsize(self.plan.arrays[unit.array].dtype)
+
+    @property
+    def to_write(self) -> int:
+        """Bytes that the disk must still take: chunks are stored whole, large ones from a block's beginning on, and the
+        index names each of them twice.
+
+        How far they can be compressed is known when they are; to a quarter, it is taken: weights are not, and where the
+        disk fills up after all, what is done is kept.
+        """
+        sizes = [prod(a.chunk) * itemsize(a.dtype) for a in self.plan.arrays]
+        made = [prod(g) - links(a).cells.size for a, g in zip(self.plan.arrays, self.grids, strict=True)]
+        stored = sum(place(size, size) * n for size, n in zip(sizes, made, strict=True))
+        kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
+        if self.plan.choices.compression != NONE:
+            stored //= COMPRESSED_LEAST
+        return max(0, stored - kept) + 40 * sum(map(prod, self.grids)) + (1 << 16)
+
+    def execute(self) -> Written:
+        """Makes every unit that is not done, and closes every writer, those of earlier runs included."""
+        total = self.resumed + sum(map(self._size, self.todo))
+
+        def watch() -> None:
+            self.peers.check()
+            unit = self.units[self.todo[min(self.shared.unit, len(self.todo) - 1)] if self.todo else -1]
+            name = self.plan.arrays[unit.array].name
+            self.on_progress(Progress(self.resumed + self.shared.written, total, name))
+
+        if self.todo:
+            run_workers(self.jobs, self._worker, watch, self.shared)
+        working = [self._number(k) for k in range(self.jobs)] if self.todo else []
+        mine = [k for k in self.unfinished.writers if k % self.peers.processes == self.peers.process]
+        for k in mine:
+            if k not in working:
+                state = self.unfinished.writers[k]
+                ItemsWriter(self.unfinished.checkpoint, self.specs, process=k, resume=state).close()
+        written = self.resumed + self.shared.written
+        return Written(self.shared.read, written, peak_resident_bytes(), tuple(sorted({*mine, *working})))
+
+    def _number(self, k: int) -> int:
+        """The writer's number of worker k: no two processes have one number, however many workers each has."""
+        return self.peers.process + self.peers.processes * k
+
+    def _worker(self, k: int, tick: Callable[[], None]) -> None:
+        try:
+            self._make_units(k, tick)
+        except OSError as error:  # not of reading, which says so itself
+            raise output_error(self.unfinished.output, error) from None
+        except MemoryError:
+            raise fail(
+                "out-of-memory",
+                "the system has no more memory for this run's buffers",
+                help="use fewer --jobs, or a plan with less --memory",
+            ) from None
+
+    def _make_units(self, k: int, tick: Callable[[], None]) -> None:
+        number = self._number(k)
+        state = self.unfinished.writers.get(number)
+        writer = ItemsWriter(self.unfinished.checkpoint, self.specs, process=number, resume=state)
+        written = 0
+        with (
+            RangeReader(self.directory, self.files) as reader,
+            Journal(self.unfinished, number, writer) as journal,
+            WriteBehind(self.plan, writer) as behind,
+        ):
+            worker = Worker(self.plan, reader, behind.put, behind.settle)
+            while (position := self.shared.take()) < len(self.todo):
+                unit = self.units[self.todo[position]]
+                written += worker.make(unit.array, unit.box)
+                journal.add(self.todo[position], unit.array, *behind.take())
+                self.shared.note(k, position, written, reader.bytes_read)
+                tick()
+        if not self.shared.stopped:
+            writer.close()
+
+
+def _array_spec(array: Array, plan: Plan) -> ArraySpec:
+    spec = array.spec if plan.choices.mesh else None
+    # Chunks that lie in source files are stored as they are, and so the others of their array.
+    compression = plan.choices.compression if array.link is None else NONE
+    return ArraySpec(
+        array.path, array.shape, array.dtype, array.chunk, array.shards, spec, array.link, compression=compression
+    )
+
+
+def copied(plan: Plan) -> int:
+    """Bytes of the arrays that a run makes."""
+    return plan.totals.write_bytes - plan.totals.linked_bytes
