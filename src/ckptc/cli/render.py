@@ -270,7 +270,8 @@ def summary(plan: Plan) -> str:
     lines = [
         f"{m.model} ({m.family}), {c.layout}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
-        f"reads   {size(t.read_bytes)} of {t.tensors} tensors",
+        f"reads   {size(t.read_bytes)} of {t.tensors} tensors"
+        + (f", {size(t.reread_bytes)} of it again" if t.reread_bytes else ""),
         f"writes  {written} in {t.arrays} arrays, {count(t.parameters)} parameters"
         + (f", compressed: {c.compression}" if c.compression != "none" else ""),
         f"memory  {size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {size(c.memory)}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping as MappingOf
 from dataclasses import replace
 from math import prod
@@ -96,23 +97,50 @@ def _left_out(graph: Graph, checkpoint: Checkpoint | None) -> tuple[plan.LeftOut
 def _totals(arrays: tuple[plan.Array, ...], table: _Table, compressed: bool) -> plan.Totals:
     # Arrays of different layers are alike: each kind is accounted once.
     accounts: dict[object, tuple[int, int]] = {}
-    read = peak = 0
+    peak, reads = 0, []
     for array in arrays:
         kinds = tuple(replace(s, tensors=(), decode=s.decode and replace(s.decode, tensors=())) for s in array.sources)
         key = (array.shape, array.unit, array.dtype, array.parts, array.link, kinds)
         if key not in accounts:
             accounts[key] = account(array) if array.link is None else link.account(array)
         encoded = encoded_bytes(array) if compressed and array.link is None else 0
-        read, peak = read + accounts[key][0], max(peak, accounts[key][1] + encoded)
+        reads.append(accounts[key][0])
+        peak = max(peak, accounts[key][1] + encoded)
     return plan.Totals(
         arrays=len(arrays),
         tensors=len(table.rows),
         parameters=sum(prod(a.shape) for a in arrays),
-        read_bytes=read,
+        read_bytes=sum(reads),
         write_bytes=sum(a.nbytes for a in arrays),
         peak_memory_bytes=peak,
         linked_bytes=sum(map(links.linked_bytes, arrays)),
+        reread_bytes=_reread(arrays, reads, table),
     )
+
+
+def _reread(arrays: tuple[plan.Array, ...], reads: list[int], table: _Table) -> int:
+    """Of what is read, what has been read before: what arrays that share tensors read together, beyond those tensors."""
+    group: dict[int, int] = {}  # of each tensor, by the first one of its group
+    read: dict[int, int] = {}
+
+    def first(tensor: int) -> int:
+        while (up := group.setdefault(tensor, tensor)) != tensor:
+            group[tensor] = tensor = group[up]
+        return tensor
+
+    for array, count in zip(arrays, reads, strict=True):
+        tensors = [t for s in array.sources for t in (*s.tensors, *(s.decode.tensors if s.decode else ()))]
+        for tensor in tensors[:1]:
+            read[tensor] = read.get(tensor, 0) + count
+        for tensor in tensors[1:]:
+            group[first(tensor)] = first(tensors[0])
+    over: Counter[int] = Counter()
+    for tensor, count in read.items():
+        over[first(tensor)] += count
+    for tensor in group:
+        row = table.rows[tensor]
+        over[first(tensor)] -= row.end - row.begin
+    return sum(n for n in over.values() if n > 0)
 
 
 class _Table:

@@ -115,6 +115,7 @@ def _check_numbers(plan: Plan) -> None:
         max(
             t.tensors,
             t.read_bytes,
+            t.reread_bytes,
             t.write_bytes,
             t.peak_memory_bytes,
             c.memory,

@@ -109,9 +109,7 @@ def _choices(choices: Choices) -> dict[str, Any]:
 
 def _totals(totals: Totals) -> dict[str, Any]:
     record = _record(totals)
-    if not totals.linked_bytes:
-        del record["linked_bytes"]
-    return record
+    return {k: v for k, v in record.items() if v or k not in ("linked_bytes", "reread_bytes")}
 
 
 def _array(array: Array) -> dict[str, Any]:

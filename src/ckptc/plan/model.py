@@ -143,6 +143,7 @@ class Totals:
     write_bytes: int
     peak_memory_bytes: int  # of buffers: the largest unit
     linked_bytes: int = 0  # of `write_bytes`, what is not written: it stays in the source's files
+    reread_bytes: int = 0  # of `read_bytes`, what is read a second time, or a third
 
 
 @dataclass(frozen=True, slots=True)
