@@ -25,7 +25,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-QUICK, SLOW = 0.02, 0.5  # seconds between two looks at the service
+QUICK, SLOW = 0.01, 0.5  # seconds between two looks at the service: for each process when it waits, and otherwise
 LINGER = 5.0  # seconds that the service stays for the others to hear of a failure
 KILLED = "it was killed; where memory ran out, use fewer --jobs or a plan with less --memory"
 IN_USE = "Address already in use"  # gRPC says the same
@@ -80,6 +80,7 @@ class Companion:
     def __init__(self, pipe: Connection, parent: int, client: Any, process: int, processes: int) -> None:
         self._pipe, self._parent, self._client = pipe, parent, client
         self._process, self._processes = process, processes
+        self._quick = min(SLOW, QUICK * processes)  # all of them look: about a hundred times a second together
 
     def serve(self) -> None:
         """Does what the parent says until it leaves or ends, or any process has failed."""
@@ -87,15 +88,15 @@ class Companion:
         pause = SLOW
         self._send(["joined", self._process, self._processes])
         while True:
+            # The parent's workers may hold the pipe a little longer than it lives.
             if self._pipe.poll(pause) or os.getppid() != self._parent:
                 match self._receive():
                     case ["say", topic, text]:
                         self._say(topic, text)
                     case ["hear", topic, count]:
-                        wanted, pause = (topic, count), QUICK
+                        wanted, pause = (topic, count), self._quick
                     case ["leave"]:
                         self._leave()
-                        return
                     case ["fail", text]:
                         self._say("failed", text)
                         self._go()
@@ -104,8 +105,6 @@ class Companion:
                 if len(found) >= wanted[1]:
                     self._send(["heard", found])
                     wanted, pause = None, SLOW
-                else:
-                    pause = min(SLOW, pause * 1.5)
             failed = self._texts("failed")  # after what is wanted: what is committed is, whoever fails then
             if failed:
                 first = min(failed)
@@ -114,10 +113,12 @@ class Companion:
 
     def _receive(self) -> list[Any]:
         try:
-            message: list[Any] = json.loads(self._pipe.recv_bytes())
+            if self._pipe.poll():
+                message: list[Any] = json.loads(self._pipe.recv_bytes())
+                return message
         except (EOFError, OSError):
-            return ["fail", KILLED]
-        return message
+            pass
+        return ["fail", KILLED]
 
     def _send(self, message: list[Any]) -> None:
         try:
@@ -137,6 +138,7 @@ class Companion:
 
         shutdown: Any = jax.distributed.shutdown  # typed in some versions
         shutdown()
+        os._exit(0)  # Python would take down what JAX has built up, module by module
 
     def _go(self) -> None:
         """Ends without a farewell, which would wait for those who are gone. The service goes last."""
@@ -145,7 +147,7 @@ class Companion:
         else:
             end = time.monotonic() + LINGER
             while len(self._texts("gone")) < self._processes - 1 and time.monotonic() < end:
-                time.sleep(QUICK)
+                time.sleep(self._quick)
         os._exit(0)
 
 
