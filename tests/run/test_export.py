@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
 from safetensors import safe_open
 
@@ -197,6 +198,21 @@ def test_a_train_state_in_float32(options: dict[str, bool], layout: str, tmp_pat
     assert [x.pattern for x in plan.left_out if x.tensors] == ["opt_state/*"]
     found, _ = exported(plan, saved.parents[1], tmp_path / "hf", case)
     assert {k.exactness for k in kinds(plan).values()} == {EXACT}
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+
+
+@pytest.mark.parametrize("layout", ["scanned", "unscanned"])
+def test_a_checkpoint_that_the_new_interface_saved(layout: str, tmp_path: Path) -> None:
+    """A step of Orbax v1, whose custom metadata says what the layout is."""
+    case = CASES["llama3_1"]
+    tree = {"step": 7, **nested(trained(case, layout=layout)), "opt_state": {}}
+    leaves = jax.tree.map(jax.numpy.asarray, tree)
+    ocp_v1.save_checkpointables(
+        (tmp_path / "7").resolve(), {"items": leaves}, custom_metadata={"scan_layers": layout == "scanned"}
+    )
+    plan = export_plan(case, tmp_path)
+    assert plan.choices.layout == layout
+    found, _ = exported(plan, tmp_path, tmp_path / "hf", case)
     assert broken_promises(plan, found, source_tensors(case.hf)) == []
 
 
