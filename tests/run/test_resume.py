@@ -88,6 +88,7 @@ from ckptc.cli.main import main
 from ckptc.run import journal, pool, runner, work, worker
 journal.SYNC_BYTES = 1
 os.fsync = os.fdatasync = lambda descriptor: None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background deaf to it
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 {patch}

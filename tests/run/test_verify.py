@@ -153,8 +153,8 @@ def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
 ) -> None:
     made = worker.Worker._make_chunk
 
-    def faulty(self: Any, array: Any, local: Any, within: Any) -> Any:
-        chunk = np.array(made(self, array, local, within))
+    def faulty(self: Any, array: Any, *rest: Any) -> Any:
+        chunk = np.array(made(self, array, *rest))
         if array.name == EMBEDDING:
             chunk.view(np.uint8).reshape(-1)[0] ^= 1
         return chunk
