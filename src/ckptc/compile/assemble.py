@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping as MappingOf
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -95,17 +94,11 @@ def _left_out(graph: Graph, checkpoint: Checkpoint | None) -> tuple[plan.LeftOut
 
 
 def _totals(arrays: tuple[plan.Array, ...], table: _Table, compressed: bool) -> plan.Totals:
-    # Arrays of different layers are alike: each kind is accounted once.
-    accounts: dict[object, tuple[int, int]] = {}
     peak, reads = 0, []
     for array in arrays:
-        kinds = tuple(replace(s, tensors=(), decode=s.decode and replace(s.decode, tensors=())) for s in array.sources)
-        key = (array.shape, array.unit, array.dtype, array.parts, array.link, kinds)
-        if key not in accounts:
-            accounts[key] = account(array) if array.link is None else link.account(array)
-        encoded = encoded_bytes(array) if compressed and array.link is None else 0
-        reads.append(accounts[key][0])
-        peak = max(peak, accounts[key][1] + encoded)
+        read, buffers = account(array) if array.link is None else link.account(array)
+        reads.append(read)
+        peak = max(peak, buffers + (encoded_bytes(array) if compressed and array.link is None else 0))
     return plan.Totals(
         arrays=len(arrays),
         tensors=len(table.rows),

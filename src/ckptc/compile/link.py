@@ -39,8 +39,7 @@ def choose(
 ) -> Layout | None:
     """The chunk and the order of axes with which at least half of the array lies in source files; None when there is
     none, or when making the rest takes more than `budget` bytes of buffers."""
-    bare = tuple(links.bare(s) for s in sources)
-    return _choose(shape, dtype, bare, parts, shards, budget)
+    return _choose(shape, dtype, tuple(s.kind for s in sources), parts, shards, budget)
 
 
 @lru_cache(maxsize=4096)
@@ -122,8 +121,8 @@ def _divisor(size: int, most: int) -> int:
 def account(array: Array) -> tuple[int, int]:
     """Bytes read for the chunks that are made, and bytes of buffers of the largest of them, as `schedule.account`."""
     assert array.link is not None
-    bare = tuple(links.bare(s) for s in array.sources)
-    return _account(array.shape, array.dtype, array.chunk, array.link, bare, array.parts)
+    kinds = tuple(s.kind for s in array.sources)
+    return _account(array.shape, array.dtype, array.chunk, array.link, kinds, array.parts)
 
 
 @lru_cache(maxsize=4096)

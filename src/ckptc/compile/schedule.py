@@ -12,7 +12,6 @@ rows it takes little of), units get smaller.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from math import isqrt, prod
@@ -67,12 +66,7 @@ def fit(
 
     `whole`: shards are made of whole chunks, however small that makes them. Every axis is then divided by its shards.
     """
-    return _fit(shape, dtype, _kinds(sources), parts, shards, budget, whole)
-
-
-def _kinds(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """The sources without their tensors: arrays of different layers are alike, and scheduled once."""
-    return tuple(replace(s, tensors=(), decode=s.decode and replace(s.decode, tensors=())) for s in sources)
+    return _fit(shape, dtype, tuple(s.kind for s in sources), parts, shards, budget, whole)
 
 
 @lru_cache(maxsize=4096)
@@ -177,7 +171,8 @@ def account(array: Array) -> tuple[int, int]:
 
     Buffers hold what a unit reads and decodes, and what it makes.
     """
-    return _account(array.shape, array.dtype, _kinds(array.sources), array.parts, array.unit)
+    kinds = tuple(s.kind for s in array.sources)
+    return _account(array.shape, array.dtype, kinds, array.parts, array.unit)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ that hold padding or reach past the array's edge, those that several tensors mee
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -63,12 +63,7 @@ def of(
     parts: tuple[Part, ...],
 ) -> Links:
     """As `links`, of an array of which that is known."""
-    return _links(shape, dtype, chunk, order, tuple(map(bare, sources)), parts)
-
-
-def bare(source: Source) -> Source:
-    """The source without its tensors: arrays of different layers are alike, and worked out once."""
-    return replace(source, tensors=(), decode=source.decode and replace(source.decode, tensors=()))
+    return _links(shape, dtype, chunk, order, tuple(s.kind for s in sources), parts)
 
 
 @lru_cache(maxsize=4096)

@@ -7,7 +7,7 @@ thousands of tensors is one `Part` with a loop over its list of tensors (`ckptc.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
@@ -56,6 +56,11 @@ class Source:
     def nbytes(self) -> int:
         """Bytes of one tensor as stored."""
         return prod(self.shape) * itemsize(self.dtype)
+
+    @property
+    def kind(self) -> Source:
+        """The source without its tensors: arrays of different layers are alike but for these, and worked out once."""
+        return replace(self, tensors=(), decode=self.decode and replace(self.decode, tensors=()))
 
 
 @dataclass(frozen=True, slots=True)
