@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,10 @@ BOTH = [(name, layout) for name, case in CASES.items() for layout in layouts(*sp
 # Tensors of which MaxText keeps less than there is: its vocabulary ends where text tokens end.
 CUT = {"gemma3": "language_model.model.embed_tokens.weight", "gemma3_mm": "language_model.model.embed_tokens.weight"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:.*donated")
-
-
-@pytest.fixture(autouse=True)
-def jax_with_64_bits() -> Iterator[None]:
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = [
+    pytest.mark.usefixtures("jax_with_64_bits"),
+    pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:.*donated"),
+]
 
 
 def ignored(case: GoldenCase) -> tuple[str, ...]:

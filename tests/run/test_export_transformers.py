@@ -10,7 +10,7 @@ import pytest
 
 from ckptc.compile.compiler import layouts
 from ckptc.spec import mapping as spec
-from golden import known_cases, source_tensors
+from golden import known_cases
 from reference import GoldenCase
 from roundtrip import converted, export_plan, exported
 
@@ -37,14 +37,9 @@ def test_an_export_loads_as_the_original_does(name: str, tmp_path: Path) -> None
         pytest.skip("transformers has no class for it")
     layout = layouts(*spec.find_model(case.model))[0]
     saved = converted(case, tmp_path / "orbax", layout=layout, dtype="bfloat16")
-    tensors, _ = exported(export_plan(case, saved), saved, tmp_path / "hf", case)
+    exported(export_plan(case, saved), saved, tmp_path / "hf", case)
     only_one_size(tmp_path / "hf" / "config.json")
-    try:
-        model, found = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    except RuntimeError as error:
-        original = source_tensors(case.hf)
-        assert "mismatched" in str(error) and all(t.shape == original[n].shape for n, t in tensors.items())
-        pytest.skip("the original's config does not fit its own tensors")
+    model, found = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
     missing = {k for k in found["missing_keys"] if not left_out(case, k)}
     assert (missing, set(found["unexpected_keys"]), list(found["mismatched_keys"])) == (set(), set(), [])
     assert next(model.parameters()).dtype == torch.bfloat16

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -18,21 +17,16 @@ from ckptc.plan.model import Plan
 from ckptc.run.runner import run
 from golden import KEPT, Arrays, Kept, compile_case, difference, differences, evaluate, expected_of, known_cases
 from reference import GoldenCase, expected_arrays, golden_cases
+from restoring import by_path
 
 CASES = {case.id: case for case in known_cases()}
 # One scanned and one unscanned case: with experts, where both kinds of stacking meet; with arithmetic and interleaving.
 VARIED = ["qwen3_moe.scan", "llama3_1.unscan"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
-
-@pytest.fixture(autouse=True)
-def jax_with_64_bits() -> Iterator[None]:
-    """JAX would make int32 of an int64 table."""
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = [
+    pytest.mark.usefixtures("jax_with_64_bits"),
+    pytest.mark.filterwarnings("ignore:Sharding info not provided"),
+]
 
 
 def convert(plan: Plan, source: Path, output: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -41,13 +35,7 @@ def convert(plan: Plan, source: Path, output: Path) -> dict[str, np.ndarray[Any,
     run(loads(text), json.loads(text)["digest"], output, source)
     tree = ocp.StandardCheckpointer().restore(output / "0" / "items")
     assert set(tree) == {"step", "params", "opt_state"}
-    return dict(leaves(tree["params"], "params"))
-
-
-def leaves(tree: Any, at: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    if not isinstance(tree, dict):
-        return [(at, np.asarray(tree))]
-    return [leaf for key, value in tree.items() for leaf in leaves(value, f"{at}/{key}")]
+    return by_path(tree["params"])
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

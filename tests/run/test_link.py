@@ -10,13 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
 
@@ -31,6 +28,7 @@ from ckptc.run.runner import Report, Settings, run
 from ckptc.run.verify import check_sums
 from golden import compile_case, difference, differences, expected_of, known_cases, source_tensors
 from reference import GoldenCase
+from restoring import by_path, restored
 from roundtrip import broken_promises, export_plan, exported
 
 CASES = {case.id: case for case in known_cases()}
@@ -39,15 +37,10 @@ VARIED = ["qwen3_moe.scan", "qwen3_moe.unscan", "llama3_1.scan", "llama3_1.unsca
 CASE = CASES["llama3_1.scan"]  # of which some arrays are linked, some copied
 ALL = CASES["qwen3_moe.scan"]  # of which nothing is copied
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:.*donated")
-
-
-@pytest.fixture(autouse=True)
-def jax_with_64_bits() -> Iterator[None]:
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = [
+    pytest.mark.usefixtures("jax_with_64_bits"),
+    pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:.*donated"),
+]
 
 
 @pytest.fixture
@@ -65,16 +58,6 @@ def convert(plan: Plan, source: Path, output: Path, **settings: Any) -> Report:
     text = dumps(plan)
     assert loads(text) == plan
     return run(plan, json.loads(text)["digest"], output, source, settings=Settings(jobs=1, **settings))
-
-
-def by_path(tree: Any, at: str = "params") -> dict[str, np.ndarray[Any, Any]]:
-    if not isinstance(tree, dict):
-        return {at: np.asarray(tree)}
-    return {name: leaf for key, value in tree.items() for name, leaf in by_path(value, f"{at}/{key}").items()}
-
-
-def restored(output: Path) -> dict[str, np.ndarray[Any, Any]]:
-    return by_path(ocp.StandardCheckpointer().restore(output / "0" / "items")["params"])
 
 
 def codes(error: pytest.ExceptionInfo[InputError]) -> set[str]:

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
@@ -32,6 +30,7 @@ from ckptc.run.journal import LOCK, UNFINISHED
 from ckptc.run.runner import Settings
 from ckptc.run.verify import check_sums
 from golden import checkpoint_of, compile_case, differences, expected_of, known_cases
+from restoring import restored
 
 CASE = next(case for case in known_cases() if case.id == "qwen3_moe.scan")
 SECONDS = 120  # that anything here may take on a slow machine
@@ -108,23 +107,6 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and what it said."""
     err = process.communicate(timeout=SECONDS)[1]
     return process.returncode, err
-
-
-def restored(output: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """By plain Orbax: the arrays by path."""
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        tree = ocp.StandardCheckpointer().restore(output / "0" / "items")
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-    def leaves(tree: Any, at: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
-        if not isinstance(tree, dict):
-            return [(at, np.asarray(tree))]
-        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{at}/{key}")]
-
-    return dict(leaves(tree["params"], "params"))
 
 
 def checksums(output: Path) -> dict[str, str]:

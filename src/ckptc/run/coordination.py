@@ -100,12 +100,13 @@ class Companion:
                     case ["fail", text]:
                         self._say("failed", text)
                         self._go()
+            # Looked for before what is wanted, and told after it: what was said before a failure is heard, whoever fails then.
+            failed = self._texts("failed")
             if wanted is not None:
                 found = self._texts(wanted[0])
                 if len(found) >= wanted[1]:
                     self._send(["heard", found])
                     wanted, pause = None, SLOW
-            failed = self._texts("failed")  # after what is wanted: what is committed is, whoever fails then
             if failed:
                 first = min(failed)
                 self._send(["failed", first, failed[first]])
