@@ -18,7 +18,7 @@ from ckptc.run import checksum
 class WriteBehind:
     """A worker's sink: sums each chunk and writes it, large ones from a thread, one at a time. Not for several threads.
 
-    A chunk is read until the next one is put, or until `settle` returns. Both raise what writing failed with.
+    A chunk is read until the next one is put, or until `take` returns. Both raise what writing failed with.
     """
 
     def __init__(self, plan: Plan, writer: ItemsWriter) -> None:
@@ -32,13 +32,13 @@ class WriteBehind:
 
     def put(self, array: int, index: tuple[int, ...], chunk: npt.NDArray[Any]) -> None:
         self._sum += self._summer.chunk(checksum.cell_of(index, self._grids[array]), chunk)
-        self.settle()
+        self._settle()
         if chunk.nbytes < LEAST:  # handing it over costs more than the page cache takes
             self._entries.append(self._writer.write_chunk(array, index, chunk))
         else:
             self._pending = self._thread.submit(self._writer.write_chunk, array, index, chunk)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Waits for the chunk that is being written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -46,7 +46,7 @@ class WriteBehind:
 
     def take(self) -> tuple[list[Entry], int]:
         """What has been written since the last call, and the sum of its chunks."""
-        self.settle()
+        self._settle()
         taken = self._entries, self._sum
         self._entries, self._sum = [], 0
         return taken

@@ -131,7 +131,7 @@ class Work:
             Journal(self.unfinished, number, writer) as journal,
             WriteBehind(self.plan, writer) as behind,
         ):
-            worker = Worker(self.plan, reader, behind.put, behind.settle)
+            worker = Worker(self.plan, reader, behind.put)
             while (position := self.shared.take()) < len(self.todo):
                 unit = self.units[self.todo[position]]
                 written += worker.make(unit.array, unit.box)

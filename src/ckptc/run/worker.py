@@ -40,11 +40,11 @@ class Local:
 class Worker:
     """Makes units of one plan. Not for several threads.
 
-    `sink` may go on reading a chunk until it is called again; `settle` waits until it reads none.
+    `sink` may go on reading a chunk until it, or `make`, is called again.
     """
 
-    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink, settle: Callable[[], None] = lambda: None) -> None:
-        self.plan, self.reader, self.sink, self.settle = plan, reader, sink, settle
+    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink) -> None:
+        self.plan, self.reader, self.sink = plan, reader, sink
         self.kernel, self.decoder = Kernel(), Decoder()
         self._held = np.empty(0, dtype=np.uint8)  # what a unit's parts need: read and decoded
         self._chunks = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
@@ -59,7 +59,6 @@ class Worker:
             chunk = self._make_chunk(array, local, within, turn % 2)
             self.sink(number, index, chunk)
             made += chunk.nbytes
-        self.settle()
         return made
 
     def _load(self, array: Array, parts: list[Part]) -> list[Local]:
