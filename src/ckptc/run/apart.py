@@ -12,11 +12,11 @@ import multiprocessing as mp
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ckptc.diagnostics import Diagnostic, InputError, Span, fail
+from ckptc.diagnostics import fail
+from ckptc.run.pool import raise_told, told
 
 THREADED = ("tensorstore",)  # libraries that have threads once they are used
 
@@ -39,7 +39,7 @@ def apart(make: Callable[[], Any]) -> Any:
     process.start()
     theirs.close()
     try:
-        kind, value = json.loads(ours.recv_bytes())
+        said = json.loads(ours.recv_bytes())
     except EOFError:
         process.join()
         help = "where memory ran out, end other programs"
@@ -48,23 +48,14 @@ def apart(make: Callable[[], Any]) -> Any:
         process.kill()
         process.join()
         ours.close()
-    if kind == "input":
-        raise InputError(
-            Diagnostic(d["code"], d["message"], Span(**d["span"]) if d["span"] else None, tuple(d["notes"]), d["help"])
-            for d in value
-        )
-    if kind == "internal":
-        raise RuntimeError(value)
-    return value
+    raise_told(said)
+    return said["made"]
 
 
 def _child(make: Callable[[], Any], pipe: Connection) -> None:
-    said: tuple[str, Any]
     try:
-        said = ("made", make())
-    except InputError as error:
-        said = ("input", [asdict(d) for d in error.diagnostics])
+        said = {"made": make()}
     except BaseException as error:
-        said = ("internal", f"{type(error).__name__}: {error}")
+        said = told(error)
     pipe.send_bytes(json.dumps(said).encode())
     os._exit(0)  # nothing of the parent's to clean up

@@ -153,12 +153,9 @@ def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
     _die_with(parent)
     try:
         body(k, lambda: None)
-    except InputError as error:
-        pipe.send_bytes(json.dumps({"input": [asdict(d) for d in error.diagnostics]}).encode())
-        os._exit(1)
     except BaseException as error:
-        pipe.send_bytes(json.dumps({"internal": f"{type(error).__name__}: {error}"}).encode())
-        os._exit(2)
+        pipe.send_bytes(json.dumps(told(error)).encode())
+        os._exit(1)
     os._exit(0)  # nothing of the parent's to clean up
 
 
@@ -174,7 +171,15 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _raise(said: dict[str, Any], code: int | None) -> None:
+def told(error: BaseException) -> dict[str, Any]:
+    """What a process ends with, as JSON for its parent."""
+    if isinstance(error, InputError):
+        return {"input": [asdict(d) for d in error.diagnostics]}
+    return {"internal": f"{type(error).__name__}: {error}"}
+
+
+def raise_told(said: dict[str, Any]) -> None:
+    """Raises what `told` has told, if anything: the InputError, or RuntimeError with the text of another failure."""
     if "input" in said:
         raise InputError(
             Diagnostic(d["code"], d["message"], Span(**d["span"]) if d["span"] else None, tuple(d["notes"]), d["help"])
@@ -182,6 +187,10 @@ def _raise(said: dict[str, Any], code: int | None) -> None:
         )
     if "internal" in said:
         raise RuntimeError(said["internal"])
+
+
+def _raise(said: dict[str, Any], code: int | None) -> None:
+    raise_told(said)
     if code:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise fail(
