@@ -153,11 +153,12 @@ def find(args: argparse.Namespace) -> tuple[Mapping, Model]:
 
 def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Path | None, peers: Alone) -> None:
     from ckptc.cli import verify
+    from ckptc.run.pool import cores
     from ckptc.run.runner import Settings
     from ckptc.run.runner import run as run_plan
 
     digest: str = json.loads(text)["digest"]
-    settings = Settings(args.jobs or len(os.sched_getaffinity(0)), args.restart, args.force, args.check_source)
+    settings = Settings(args.jobs or cores(), args.restart, args.force, args.check_source)
     verified = []
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -177,8 +176,9 @@ def export(args: argparse.Namespace) -> None:
 def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | None, companions: Path | None) -> None:
     """Runs an export's plan, and says what it did."""
     from ckptc.run.export import export as run_export
+    from ckptc.run.pool import cores
 
-    jobs = args.jobs or len(os.sched_getaffinity(0))
+    jobs = args.jobs or cores()
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
         report = run_export(plan, Path(args.output), source, companions, on_progress, args.force, jobs)
     if args.json:

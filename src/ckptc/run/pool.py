@@ -26,6 +26,11 @@ PATIENCE = 10.0  # seconds that workers have to stop by themselves
 _NEVER = 1 << 62  # a number past every unit
 
 
+def cores() -> int:
+    """The cores that this process may use; all there are, where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Shared:
     """Counters that all processes see: the next unit to make, and each worker's bytes written and current unit."""
 
