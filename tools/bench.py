@@ -1,9 +1,19 @@
 """Measures conversions next to the alternatives, interleaved in one session, as ratios to copying the same bytes.
 
-    python tools/bench.py WORKDIR --gigabytes 3 [--runs 5] [--cold] [--export] [--json FILE] [--maxtext-python PYTHON]
+    python tools/bench.py WORKDIR [--gigabytes 3,12] [--cache warm,cold] [--runs 5] [--json FILE]
+                          [--maxtext-python PYTHON] [--slow-runs 1] [--only MODE] [--with OPTIONS]
+    python tools/bench.py WORKDIR --export ...
 
-Absolute times mean little on a shared machine; ratios within one run do. Every mode runs once per round, the rounds are repeated, and the
-table shows medians: rate relative to `cp` plus sync, CPU seconds per GB written, and the peak resident memory of the whole process tree.
+Absolute times mean little on a shared machine; ratios within one session do. Every mode runs once per round, the order
+turned by one from round to round, and the table shows medians of the rounds: rate relative to `cp` plus sync, processor
+seconds per GB of source, and the most memory that the whole process tree held at once. The slow ones, numpy with Orbax
+and MaxText's converter, run in the first `--slow-runs` rounds only. A mode that fails gets a row that says why, and one
+that uses up the machine's memory is stopped.
+
+The input is a random Llama, generated in WORKDIR once for each size. Cold means that what is read was dropped from the
+page cache before; a warm source that does not fit into memory together with the output is partly cold. Micro-benchmarks
+are in `bench_kernels.py` and `bench_compile.py`. MaxText's environment is described in `forward.py`; torch is not
+needed.
 """
 
 from __future__ import annotations
@@ -11,240 +21,181 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import psutil
+from bench_measure import Failed, Run, described, fill, forget, machine, measure, versions_in
+from bench_modes import BASE, Mode, Place, generate, modes, prepare
 
-HERE = Path(__file__).resolve().parent
-SAMPLE = 0.02  # seconds between two looks at the process tree
+FORMAT = 2  # of the JSON
+NEAR = 0.1  # how far a checkpoint's size may be from the one asked for
 
 
 @dataclass
 class Result:
-    """One mode's runs."""
+    """One mode's runs, in one state of the cache."""
 
-    seconds: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     failed: str | None = None
 
 
-@dataclass(frozen=True)
-class Mode:
-    name: str
-    command: Callable[[Path, Path], list[str]]  # source, output
-    sync: bool = True  # whether the time of a sync at the end counts, as it does for what syncs itself
-
-
-def tree_bytes(process: psutil.Process) -> int:
-    """Proportional set size of a process and its children: pages they share count once."""
-    total = 0
-    for one in [process, *process.children(recursive=True)]:
-        try:
-            total += one.memory_full_info().pss
-        except (psutil.Error, AttributeError):
-            continue
-    return total
-
-
-def measure(command: list[str], sync_directory: Path | None) -> tuple[float, float, int]:
-    """Seconds, CPU seconds and peak bytes of a command. Raises CalledProcessError."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    peak, running = 0, True
-
-    def watch() -> None:
-        nonlocal peak
-        watched = psutil.Process(process.pid)
-        while running:
-            try:
-                peak = max(peak, tree_bytes(watched))
-            except psutil.Error:
-                return
-            time.sleep(SAMPLE)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    output, _ = process.communicate()
-    running = False
-    watcher.join()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, output)
-    if sync_directory is not None:
-        sync(sync_directory)
-    seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, cpu, peak
-
-
-def sync(directory: Path) -> None:
-    """Makes every file below `directory` durable."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-
-
-def forget(directory: Path) -> None:
-    """Drops a directory's files from the page cache, so that the next read is from the disk."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
-def ckptc(*options: str) -> Callable[[Path, Path], list[str]]:
-    def command(source: Path, output: Path) -> list[str]:
-        base = [sys.executable, "-m", "ckptc", "convert", "--model", "llama3.1-8b", "--source", str(source), "--quiet"]
-        return [*base, "--output", str(output), *options]
-
-    return command
-
-
-def back(*options: str) -> Callable[[Path, Path], list[str]]:
-    """The way back, from what was converted of `source` beside it."""
-
-    def command(source: Path, output: Path) -> list[str]:
-        base = [sys.executable, "-m", "ckptc", "export", "--model", "llama3.1-8b", "--quiet", "--output", str(output)]
-        return [*base, "--source", str(source.parent / "saved"), "--config-from", str(source), *options]
-
-    return command
-
-
-def naive(source: Path, output: Path) -> list[str]:
-    return [sys.executable, str(HERE / "bench_naive.py"), str(source), str(output)]
-
-
-def modes(extra: list[str], export: bool) -> list[Mode]:
-    if export:
-        exports = ["", "--jobs 1", *extra]
-        files = 'mkdir "$1" && cp "$0"/*.safetensors "$0"/config.json "$1"'
-        copy = Mode("cp + sync", lambda source, output: ["sh", "-c", files, str(source), str(output)])
-        return [copy, *(Mode(f"ckptc export {o}".strip(), back(*o.split()), sync=False) for o in exports)]
-    found = [
-        Mode("cp + sync", lambda source, output: ["cp", "-rL", str(source), str(output)]),
-        Mode("ckptc", ckptc(), sync=False),
-        Mode("ckptc --jobs 1", ckptc("--jobs", "1"), sync=False),
-        Mode("ckptc --link", ckptc("--link"), sync=False),
-        Mode("ckptc --compression blosc-lz4", ckptc("--compression", "blosc-lz4"), sync=False),
-        Mode("ckptc --compression zstd", ckptc("--compression", "zstd"), sync=False),
-        Mode("numpy + Orbax", naive),
-    ]
-    found += [Mode(f"ckptc {options}", ckptc(*options.split()), sync=False) for options in extra]
-    return found
-
-
-def run(work: Path, wanted: list[Mode], runs: int, cold: bool) -> dict[str, Result]:
-    source = work / "source"
-    results = {mode.name: Result() for mode in wanted}
-    for round_ in range(runs):
-        for mode in wanted:
-            result, output = results[mode.name], work / "output"
-            if result.failed:
-                continue
-            shutil.rmtree(output, ignore_errors=True)
-            if cold:
-                forget(source)
-                forget(work / "saved")
-            else:
-                subprocess.run(["sh", "-c", f"cat {source}/*.safetensors > /dev/null"], check=True)
-                if mode.name.startswith("ckptc export"):
-                    subprocess.run(["sh", "-c", f"cat {work}/saved/0/items/*/d/* > /dev/null"], check=True)
-            try:
-                seconds, cpu, peak = measure(mode.command(source, output), output if mode.sync else None)
-            except subprocess.CalledProcessError as error:
-                result.failed = str(error.output).strip().splitlines()[-1] if error.output else str(error)
-                continue
-            result.seconds.append(seconds)
-            result.cpu.append(cpu)
-            result.peak.append(peak)
-            print(f"round {round_ + 1}: {mode.name}: {seconds:.2f} s, {cpu:.2f} CPU s, {peak / 1e6:.0f} MB", flush=True)
-    shutil.rmtree(work / "output", ignore_errors=True)
+def measured(place: Place, wanted: Sequence[Mode], caches: Sequence[str], runs: int, slow_runs: int) -> dict[str, Any]:
+    """{cache: {mode: its result}}."""
+    results = {cache: {mode.name: Result() for mode in wanted} for cache in caches}
+    for number in range(runs):
+        turned = [*wanted[number % len(wanted) :], *wanted[: number % len(wanted)]]
+        for cache in caches:
+            for mode in turned:
+                result = results[cache][mode.name]
+                if result.failed or (mode.slow and number >= slow_runs):
+                    continue
+                one_run(place, mode, cache, result)
+                said = result.failed or "{0.seconds:.2f} s, {0.cpu:.2f} CPU s".format(result.runs[-1])
+                print(f"round {number + 1}, {cache}: {mode.name}: {said}", flush=True)
     return results
 
 
-def table(results: dict[str, Result], gigabytes: float) -> list[dict[str, object]]:
-    base = statistics.median(results["cp + sync"].seconds)
-    rows: list[dict[str, object]] = []
-    for name, r in results.items():
-        if r.failed or not r.seconds:
-            rows.append({"mode": name, "failed": r.failed})
-            continue
-        seconds = statistics.median(r.seconds)
-        rows.append(
-            {
-                "mode": name,
-                "rate": round(base / seconds, 2),
-                "best": round(base / min(r.seconds), 2),
-                "worst": round(base / max(r.seconds), 2),
-                "cpu_s_per_gb": round(statistics.median(r.cpu) / gigabytes, 2),
-                "peak_mb": round(max(r.peak) / 1e6),
+def one_run(place: Place, mode: Mode, cache: str, result: Result) -> None:
+    """Runs a mode once and adds to its result."""
+    shutil.rmtree(place.output, ignore_errors=True)
+    reads = place.saved if mode.name.startswith("ckptc export") else place.source
+    (forget if cache == "cold" else fill)(reads)
+    settle(place.home)
+    try:
+        result.runs.append(measure(mode.command(place), place.output if mode.sync else None))
+    except Failed as error:
+        result.failed = str(error)
+    finally:
+        shutil.rmtree(place.output, ignore_errors=True)
+
+
+def settle(directory: Path) -> None:
+    """Waits until the file system has removed what was removed here, which the next mode's sync would wait for else."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def rows(results: dict[str, Result], gigabytes: float) -> list[dict[str, Any]]:
+    """A record for each mode; without figures where it failed or there is nothing to compare it with."""
+    base = results[BASE]
+    out = []
+    for name, result in results.items():
+        row: dict[str, Any] = {"mode": name, "runs": len(result.runs), "failed": result.failed}
+        if result.runs and base.runs and not result.failed:
+            seconds = [run.seconds for run in result.runs]
+            copied = statistics.median(run.seconds for run in base.runs)
+            row |= {
+                "rate": round(copied / statistics.median(seconds), 3),
+                "best": round(copied / min(seconds), 3),
+                "worst": round(copied / max(seconds), 3),
+                "median_seconds": round(statistics.median(seconds), 3),
+                "cpu_s_per_gb": round(statistics.median(run.cpu for run in result.runs) / gigabytes, 3),
+                "peak_mb": round(max(run.peak for run in result.runs) / 1e6),
+                "seconds": [round(s, 3) for s in seconds],
+                "cpu_seconds": [round(run.cpu, 3) for run in result.runs],
+                "peak_bytes": [run.peak for run in result.runs],
             }
-        )
-    return rows
+        out.append(row)
+    return out
 
 
-def main() -> None:
+def markdown(found: list[dict[str, Any]]) -> str:
+    """A table for people."""
+    lines = ["| mode | rate, cp + sync = 1 | seconds | CPU s per GB | peak memory of all processes | runs |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in found:
+        if "rate" in row:
+            rate = f"{row['rate']:.2f} ({row['worst']:.2f} to {row['best']:.2f})"
+            rest = f"{row['median_seconds']:.2f} | {row['cpu_s_per_gb']:.2f} | {row['peak_mb']} MB | {row['runs']}"
+            lines.append(f"| {row['mode']} | {rate} | {rest} |")
+        else:
+            lines.append(
+                f"| {row['mode']} | failed: {row['failed'] or 'nothing to compare with'} | | | | {row['runs']} |"
+            )
+    return "\n".join(lines)
+
+
+def size_of(source: Path) -> float:
+    """Gigabytes of a checkpoint's shards."""
+    return sum(p.stat().st_size for p in source.glob("*.safetensors")) / 1e9
+
+
+def place_for(work: Path, gigabytes: float) -> Place:
+    """Where the checkpoint of this size is, or will be: WORKDIR itself if it holds it, else a directory in it."""
+    itself = Place(work)
+    if itself.source.exists() and abs(size_of(itself.source) - gigabytes) <= NEAR * gigabytes:
+        return itself
+    return Place(work / f"{gigabytes:g}gb")
+
+
+def choice(text: str) -> list[str]:
+    found = text.split(",")
+    if not set(found) <= {"warm", "cold"}:
+        raise argparse.ArgumentTypeError(f"warm, cold or both with a comma, not {text}")
+    return found
+
+
+def sizes(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="a directory on the disk to measure; the input is generated there once")
-    parser.add_argument("--gigabytes", type=float, default=3.0)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--cold", action="store_true", help="drop the source from the page cache before each run")
-    parser.add_argument("--export", action="store_true", help="measure the way back, from Orbax to safetensors")
-    parser.add_argument("--only", action="append", help="measure only these modes (cp + sync always)")
+    parser.add_argument("work", type=Path, metavar="WORKDIR", help="a directory on the disk to measure")
+    parser.add_argument("--gigabytes", type=sizes, default=[3.0], metavar="N[,N]", help="sizes (default: 3)")
+    parser.add_argument("--cache", type=choice, default=["warm"], metavar="warm[,cold]", help="default: warm")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds (default: 5)")
+    parser.add_argument("--slow-runs", type=int, default=1, metavar="N", help="of the slow modes (default: 1)")
+    parser.add_argument("--maxtext-python", metavar="PYTHON", help="a Python with MaxText: also measure its converter")
+    parser.add_argument("--export", action="store_true", help="the way back, from Orbax to safetensors")
+    parser.add_argument("--only", action="append", metavar="MODE", help="only these modes, and cp; may be repeated")
     parser.add_argument(
         "--with", action="append", default=[], dest="extra", metavar="OPTIONS", help="also ckptc with these options"
     )
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    source = args.work / "source"
-    if not source.exists():
-        args.work.mkdir(parents=True, exist_ok=True)
-        make = [
-            sys.executable,
-            str(HERE / "make_checkpoint.py"),
-            str(source),
-            "--family",
-            "llama",
-            "--gigabytes",
-            str(args.gigabytes),
-        ]
-        subprocess.run(make, check=True)
-    if args.export and not (args.work / "saved" / "0").exists():
-        subprocess.run(ckptc()(source, args.work / "saved"), check=True)
-    size = sum(p.stat().st_size for p in source.glob("*.safetensors")) / 1e9
-    wanted = [
-        m for m in modes(args.extra, args.export) if not args.only or m.name in args.only or m.name == "cp + sync"
-    ]
-    rows = table(run(args.work, wanted, args.runs, args.cold), size)
-    cache = "cold" if args.cold else "warm"
-    print(f"\n{size:.2f} GB, {cache} cache, {os.cpu_count()} cores, medians of {args.runs} interleaved runs\n")
-    print("| mode | rate, cp + sync = 1 | CPU s per GB | peak memory of the tree |\n|---|---|---|---|")
-    for row in rows:
-        if "failed" in row:
-            print(f"| {row['mode']} | failed: {row['failed']} | | |")
-        else:
-            print(
-                f"| {row['mode']} | {row['rate']} ({row['worst']} to {row['best']}) | {row['cpu_s_per_gb']} | {row['peak_mb']} MB |"
-            )
-    if args.json:
-        args.json.write_text(
-            json.dumps({"gigabytes": size, "cache": cache, "runs": args.runs, "modes": rows}, indent=1) + "\n"
-        )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    known = [mode.name for mode in modes(args.extra, args.export, args.maxtext_python)]
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"no mode {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    every = modes(args.extra, args.export, args.maxtext_python)
+    wanted = [m for m in every if not args.only or m.name in args.only or m.name == BASE]
+    args.work.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "direction": "export" if args.export else "convert",
+        "rounds": args.runs,
+        "machine": machine(args.work),
+        "maxtext": versions_in(args.maxtext_python, ("maxtext", "jax", "orbax-checkpoint"))
+        if args.maxtext_python
+        else {},
+        "measurements": [],
+    }
+    tables = []
+    for gigabytes in args.gigabytes:
+        place = place_for(args.work, gigabytes)
+        generate(place, gigabytes)
+        prepare(place, args.export)
+        size = size_of(place.source)
+        results = measured(place, wanted, args.cache, args.runs, args.slow_runs)
+        for cache in args.cache:
+            found = rows(results[cache], size)
+            report["measurements"].append({"gigabytes": round(size, 3), "cache": cache, "modes": found})
+            title = f"{report['direction']}, {size:.3g} GB, {cache} cache, medians of {args.runs} interleaved runs"
+            tables.append(f"{title}\n\n{markdown(found)}")
+        if args.json:  # after each size, for the next may take long
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    maxtext = ", ".join(f"{name} {number}" for name, number in report["maxtext"].items())
+    print("", *tables, described(report["machine"]) + (f"; beside it {maxtext}" if maxtext else ""), sep="\n\n")
 
 
 if __name__ == "__main__":

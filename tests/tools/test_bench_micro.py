@@ -1,0 +1,113 @@
+"""The micro-benchmarks do the work whose rate they print, and have a row for each case."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.tools.test_bench import module, run
+
+from ckptc.ops import Axis, DequantBlockFp8, DequantMxfp4, TensorType
+from ckptc.ops.dequant import Decode
+from ckptc.plan.json import loads
+
+kernels, compiling = module("bench_kernels"), module("bench_compile")
+
+
+def test_every_kernel_has_a_row(tmp_path: Path) -> None:
+    report, said = run(tmp_path, "bench_kernels.py", "--rounds", "1", "--seconds", "0.001", "--processes", "2")
+    assert [row["kernel"] for row in report["kernels"]] == [case.name for case in kernels.CASES]
+    for row in report["kernels"]:
+        for rates in (row["one"], row["all"]):
+            assert rates["gb_per_s"] > 0 and rates["of_memcpy"] > 0 and len(rates["rounds_gb_per_s"]) == 1
+        assert f"| {row['kernel']} | " in said
+    assert report["kernels"][0]["kernel"] == "memcpy" and report["kernels"][0]["one"]["of_memcpy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "options"),
+    [
+        ((6, 8), (1, 0), {"chunks": 4}),
+        ((4, 2, 3, 8), kernels.ROPE, {"chunks": 2}),
+        ((3, 5, 4), (2, 0, 1), {"chunks": 4, "source": "float32"}),
+        ((6, 5), (0, 1), {"chunks": 1, "gap": 2}),
+        ((6, 5), (0, 1), {"chunks": 1, "math": (("scale", 2.0),), "target": "float32"}),
+    ],
+)
+def test_a_rearrangement_is_what_its_name_says(
+    shape: tuple[int, ...], order: tuple[int, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[np.ndarray[Any, Any]] = []
+    read: list[np.ndarray[Any, Any]] = []
+
+    class Recording(kernels.Kernel):  # type: ignore[name-defined,misc]
+        def copy(self, source: Any, start: int, target: Any, *rest: Any) -> None:
+            super().copy(source, start, target, *rest)
+            read[:] = [source]
+            made.append(target.astype(np.float32))
+
+    monkeypatch.setattr(kernels, "Kernel", Recording)
+    once, size = kernels.rearranged(shape, order, **options)
+    once()
+    source = read[0].astype(np.float32)[:: options.get("gap", 1)].reshape(shape)
+    expected = source.transpose(order).reshape(-1) * (2 if "math" in options else 1)
+    found = np.concatenate(made)
+    assert len(made) == options["chunks"]
+    if options.get("source") == "float32":  # rounded to bfloat16
+        np.testing.assert_allclose(found, expected, rtol=2**-8)
+    else:
+        np.testing.assert_array_equal(found, expected)
+    wide = sum("float32" in (options.get(side),) for side in ("source", "target"))
+    assert size == prod(shape) * (2 + wide)
+
+
+@pytest.mark.parametrize(
+    ("op", "stored", "dtype", "scale_dtype"),
+    [
+        (DequantBlockFp8((4, 8)), (8, 16), "float8_e4m3fn", "float32"),
+        (DequantMxfp4(), (1, 3, 2, 16), "uint8", "uint8"),
+    ],
+)
+def test_what_is_decoded_is_the_whole_tensor(
+    op: Decode, stored: tuple[int, ...], dtype: str, scale_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Recording(kernels.Decoder):  # type: ignore[name-defined,misc]
+        def decode(self, rows: Any, dtype: str, codes: Any, scales: Any, places: Any, out: Any) -> None:
+            super().decode(rows, dtype, codes, scales, places, out)
+            seen[:] = [codes, scales, out]
+
+    monkeypatch.setattr(kernels, "Decoder", Recording)
+    kernels.decoded(op, stored, dtype, scale_dtype)[0]()
+    codes, scales, out = seen
+    types = [TensorType(tuple(Axis(f"a{i}", n) for i, n in enumerate(stored)), dtype)]
+    shape = op.scales_shape(types[0])
+    types.append(TensorType(tuple(Axis(f"b{i}", n) for i, n in enumerate(shape)), scale_dtype))
+    values = codes.view(kernels.numpy_dtype(dtype)).reshape(stored)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(out, op.forward([values, scales.reshape(shape)], types).reshape(-1))
+
+
+def test_compiling_has_a_row_for_each_layout_or_the_reason_why_not(tmp_path: Path) -> None:
+    options = (str(tmp_path), "--model", "qwen3-0.6b", "--model", "mixtral-8x7b", "--runs", "1")
+    compiling.write_hollow(tmp_path / "mixtral-8x7b", "mixtral-8x7b")
+    min((tmp_path / "mixtral-8x7b").glob("*.safetensors")).unlink()
+    report, said = run(tmp_path, "bench_compile.py", *options)
+    cases = [(row["model"], row["layout"]) for row in report["compilations"]]
+    assert cases == [(m, layout) for m in ("qwen3-0.6b", "mixtral-8x7b") for layout in ("scanned", "unscanned")]
+    for row in report["compilations"][:2]:
+        plan = loads((tmp_path / f"qwen3-0.6b.{row['layout']}.json").read_bytes())
+        assert (plan.choices.layout, row["tensors"]) == (row["layout"], len(plan.tensors))
+        assert plan.made.source is not None, "headers were read"
+        assert row["failed"] is None and row["runs"] == 1
+        assert all(row[key] > 0 for key in ("compile_seconds", "compile_cpu_seconds", "compile_peak_mb", "plan_bytes"))
+        assert all(row[key] > 0 for key in ("load_seconds", "load_peak_mb"))
+    for row in report["compilations"][2:]:
+        assert row["failed"].startswith("error[") and "compile_seconds" not in row
+        assert f"failed: {row['failed']}" in said
+    disk = sum(file.stat().st_blocks * 512 for file in (tmp_path / "qwen3-0.6b").iterdir())
+    assert disk < 1_000_000, "weights are holes"
