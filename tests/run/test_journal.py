@@ -326,30 +326,21 @@ def test_a_line_is_written_after_its_data_is_durable(recorded: tuple[Unfinished,
     assert data.lines_at_sync == [1, 2, 3]  # the first line is the data file's name
 
 
-def test_units_wait_for_a_sync_until_there_is_enough(
+def test_units_wait_for_a_sync_until_it_is_time(
     recorded: tuple[Unfinished, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "SYNC_BYTES", 100)
     unfinished, data = recorded
     with Journal(unfinished, 0, data) as lines:
         for n in range(12):
             lines.add(n, n % 2, [entry(n)], 1 << 63)
         assert not data.lines_at_sync
+        monkeypatch.setattr(journal, "SYNC_SECONDS", 0.0)
         lines.add(12, 0, [entry(12)], 5)
         lines._join()
         assert data.lines_at_sync == [1]
         (record,) = map(json.loads, data.journal_file.read_bytes().splitlines()[1:])
     assert record["units"] == list(range(13)) and len(record["chunks"]) == 13
     assert record["sums"] == [[0, 5], [1, 0]]  # modulo 2^64
-
-
-def test_units_do_not_wait_for_ever(recorded: tuple[Unfinished, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "SYNC_SECONDS", 0.0)
-    unfinished, data = recorded
-    with Journal(unfinished, 0, data) as lines:
-        lines.add(0, 0, [entry(0)], 1)
-        lines._join()
-        assert data.lines_at_sync == [1]
 
 
 def test_after_a_sync_that_failed_no_line_is_written(recorded: tuple[Unfinished, Any]) -> None:

@@ -136,6 +136,14 @@ def test_blocks_stay_within_what_they_may_hold(walk: tuple[list[Loop], int, int]
     assert all(1 <= e <= x.size for e, x in zip(extents, loops, strict=True))
 
 
+def test_runs_at_the_target_do_not_outgrow_the_first_cache() -> None:
+    rows = 5376
+    for row in (4, 192, 3072):  # elements that lie side by side at the source
+        (at_target, at_source) = block_extents([Loop(rows, row, 1), Loop(row, 1, rows)], kernel.BLOCK)
+        lines = at_target * min(at_source, kernel.LINE) // kernel.LINE
+        assert at_target >= kernel.TARGET_RUN >= lines, row
+
+
 def test_walks_out_of_bounds_are_refused() -> None:
     source, target = np.zeros(8, np.uint16), np.zeros(8, np.uint16)
     move = Conversion("uint16", "uint16")

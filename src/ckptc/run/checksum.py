@@ -44,7 +44,11 @@ def mix(value: int) -> int:
 
 
 def _weights() -> npt.NDArray[np.uint64]:
-    return np.array([mix(i * _GOLDEN & _MASK) | 1 for i in range(1, LANES + 1)], dtype="<u8")
+    """mix(i * _GOLDEN) | 1 for i from 1 on."""
+    values = np.arange(1, LANES + 1, dtype="<u8") * np.uint64(_GOLDEN)
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (values ^ values >> np.uint64(31)) | np.uint64(1)
 
 
 _WEIGHTS = _weights()
