@@ -8,7 +8,7 @@ Absolute times mean little on a shared machine; ratios within one session do. Ev
 turned by one from round to round, and the table shows medians of the rounds: rate relative to `cp` plus sync, processor
 seconds per GB of source, and the most memory that the whole process tree held at once. The slow ones, numpy with Orbax
 and MaxText's converter, run in the first `--slow-runs` rounds only. A mode that fails gets a row that says why, and one
-that uses up the machine's memory is stopped.
+that uses up the machine's memory is stopped. Ctrl-C ends a session early, with a table of what was measured until then.
 
 The input is a random Llama, generated in WORKDIR once for each size. Cold means that what is read was dropped from the
 page cache before; a warm source that does not fit into memory together with the output is partly cold. Micro-benchmarks
@@ -22,7 +22,9 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +45,18 @@ class Result:
     failed: str | None = None
 
 
-def measured(place: Place, wanted: Sequence[Mode], caches: Sequence[str], runs: int, slow_runs: int) -> dict[str, Any]:
-    """{cache: {mode: its result}}."""
-    results = {cache: {mode.name: Result() for mode in wanted} for cache in caches}
+Results = dict[str, dict[str, Result]]  # by cache and mode
+
+
+def unmeasured(wanted: Sequence[Mode], caches: Sequence[str]) -> Results:
+    return {cache: {mode.name: Result() for mode in wanted} for cache in caches}
+
+
+def run_all(place: Place, wanted: Sequence[Mode], results: Results, runs: int, slow_runs: int) -> None:
+    """All rounds, into `results`."""
     for number in range(runs):
         turned = [*wanted[number % len(wanted) :], *wanted[: number % len(wanted)]]
-        for cache in caches:
+        for cache in results:
             for mode in turned:
                 result = results[cache][mode.name]
                 if result.failed or (mode.slow and number >= slow_runs):
@@ -56,7 +64,6 @@ def measured(place: Place, wanted: Sequence[Mode], caches: Sequence[str], runs: 
                 one_run(place, mode, cache, result)
                 said = result.failed or "{0.seconds:.2f} s, {0.cpu:.2f} CPU s".format(result.runs[-1])
                 print(f"round {number + 1}, {cache}: {mode.name}: {said}", flush=True)
-    return results
 
 
 def one_run(place: Place, mode: Mode, cache: str, result: Result) -> None:
@@ -167,6 +174,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a table of what there is, and nothing left
     every = modes(args.extra, args.export, args.maxtext_python)
     wanted = [m for m in every if not args.only or m.name in args.only or m.name == BASE]
     args.work.mkdir(parents=True, exist_ok=True)
@@ -174,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "format": FORMAT,
         "direction": "export" if args.export else "convert",
         "rounds": args.runs,
+        "interrupted": False,
         "machine": machine(args.work),
         "maxtext": versions_in(args.maxtext_python, ("maxtext", "jax", "orbax-checkpoint"))
         if args.maxtext_python
@@ -186,7 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         generate(place, gigabytes)
         prepare(place, args.export)
         size = size_of(place.source)
-        results = measured(place, wanted, args.cache, args.runs, args.slow_runs)
+        results = unmeasured(wanted, args.cache)
+        try:
+            run_all(place, wanted, results, args.runs, args.slow_runs)
+        except KeyboardInterrupt:
+            report["interrupted"] = True
         for cache in args.cache:
             found = rows(results[cache], size)
             report["measurements"].append({"gigabytes": round(size, 3), "cache": cache, "modes": found})
@@ -194,8 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             tables.append(f"{title}\n\n{markdown(found)}")
         if args.json:  # after each size, for the next may take long
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if report["interrupted"]:
+            break
     maxtext = ", ".join(f"{name} {number}" for name, number in report["maxtext"].items())
     print("", *tables, described(report["machine"]) + (f"; beside it {maxtext}" if maxtext else ""), sep="\n\n")
+
+    if report["interrupted"]:
+        sys.exit("interrupted: the figures are those of the rounds before")
 
 
 if __name__ == "__main__":

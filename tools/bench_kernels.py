@@ -122,7 +122,7 @@ def decoded(op: Decode, stored: tuple[int, ...], dtype: str, scale_dtype: str) -
 SCALED: Math = (("scale", 0.08838834764831845), ("cast", BF16))
 CASES = [
     Case(BASE, lambda: memcpy(1 << 25)),
-    Case("checksum of chunks of 2 MB", lambda: checksum(1 << 21)),
+    Case("checksum of chunks of 2 MB (reads alone)", lambda: checksum(1 << 21)),
     Case("plain copy, bfloat16 (llama embedding)", lambda: rearranged((4008 * 4096,), (0,), chunks=1)),
     Case("transpose 3584x4096 (llama wi)", lambda: rearranged((3584, 4096), (1, 0))),
     Case("transpose 1024x14336 (llama wo)", lambda: rearranged((1024, 14336), (1, 0))),

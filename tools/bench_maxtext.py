@@ -5,7 +5,8 @@
 This is `maxtext.checkpoint_conversion.to_maxtext` with its default options (tensors loaded lazily, 16 simulated devices,
 bfloat16), as its command line runs it, for the Llama of `make_checkpoint.py`. The converter knows sizes from its own
 table of models and from MaxText's settings, so both are given those of SOURCE/config.json. Without torch the converter
-reads tensors with numpy; a pass less over the data, if anything. Nothing is asked of a hub.
+reads tensors with numpy, as it does here if there is none; what torch would change was not measured. Nothing is asked
+of a hub.
 """
 
 from __future__ import annotations

@@ -17,8 +17,11 @@ from typing import Any
 
 import psutil
 
-SAMPLE, RARELY = 0.02, 0.2  # seconds between two looks at the process tree: at least, and at most
-SHARE = 0.05  # of a core that looking may take, between these: to sum the pages of a large process takes long
+# Seconds between two looks at the process tree: at least, and at most. To sum a process's pages takes some 14 ms of a
+# core per GB, and holds up its page faults meanwhile, so looks are rarer the longer they take: SHARE of a core up to
+# 0.7 GB, a quarter of one at 4 GB. Rarer still, they would miss peaks.
+SAMPLE, RARELY = 0.02, 0.2
+SHARE = 0.05
 SPARE = 1 / 16  # of the machine's memory: what takes more than the rest is stopped, before it takes others with it
 PACKAGES = ("jax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes")
 

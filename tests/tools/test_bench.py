@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -26,11 +27,16 @@ def module(name: str) -> ModuleType:
         sys.path.remove(str(TOOLS))
 
 
-def run(home: Path, program: str, *options: str) -> tuple[dict[str, Any], str]:
-    """What a benchmark wrote as JSON, and what it printed."""
+def started(home: Path, program: str, *options: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of a benchmark."""
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(home / "cache")}
-    command = [sys.executable, str(TOOLS / program), *options, "--json", str(home / "report.json")]
+    return [sys.executable, str(TOOLS / program), *options, "--json", str(home / "report.json")], environment
+
+
+def run(home: Path, program: str, *options: str) -> tuple[dict[str, Any], str]:
+    """What a benchmark wrote as JSON, and what it printed."""
+    command, environment = started(home, program, *options)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads((home / "report.json").read_text("utf-8"))
@@ -100,13 +106,36 @@ def test_slow_modes_run_in_the_first_rounds_and_a_failed_one_never_again(tmp_pat
 
     wanted = [mode("base", "true"), mode("slow", "true", slow=True), mode("broken", "echo why; exit 3")]
     (tmp_path / "source").mkdir()
-    results = bench.measured(modes.Place(tmp_path), wanted, ["warm"], 3, 1)["warm"]
+    results = bench.unmeasured(wanted, ["warm"])
+    bench.run_all(modes.Place(tmp_path), wanted, results, 3, 1)
     assert log.read_text().split() == ["base", "slow", "broken", "base", "base"]
-    assert {name: (len(r.runs), r.failed) for name, r in results.items()} == {
+    assert {name: (len(r.runs), r.failed) for name, r in results["warm"].items()} == {
         "base": (3, None),
         "slow": (1, None),
         "broken": (0, "why"),
     }
+
+
+def test_an_interrupted_session_reports_what_it_has_and_leaves_nothing_running(tmp_path: Path) -> None:
+    command, environment = started(tmp_path, "bench.py", str(tmp_path), "--gigabytes", "0.002", "--only", "ckptc")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 2, warm: ckptc:"):
+            break
+    while not (running := psutil.Process(process.pid).children(recursive=True)):
+        pass
+    process.terminate()
+    said, errors = process.communicate()
+    assert process.returncode == 1 and "interrupted" in errors
+    assert "| ckptc | " in said
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert report["interrupted"]
+    copied, converted = (row["runs"] for row in report["measurements"][0]["modes"])
+    assert copied >= 1 and converted >= 2 and copied + converted < 10  # of 5 rounds
+    assert not list(tmp_path.rglob("output"))
+    _, alive = psutil.wait_procs(running, timeout=10)
+    assert not alive
 
 
 def test_memory_of_all_processes_counts_and_time_goes_on_until_the_end() -> None:
@@ -172,13 +201,18 @@ def cached(path: Path) -> bool:
 
 def test_a_source_is_dropped_from_the_cache_and_read_into_it(tmp_path: Path) -> None:
     measure = module("bench_measure")
-    file = tmp_path / "below" / "file"
+    file, other = tmp_path / "below" / "file", tmp_path / "other"
     file.parent.mkdir()
-    file.write_bytes(bytes(1 << 20))
-    assert cached(file)
-    measure.forget(tmp_path)
-    if cached(file):
+    for one in (file, other):
+        one.write_bytes(bytes(1 << 20))
+        assert cached(one)
+    with open(other, "rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(other):
         pytest.skip("the file system keeps its files in memory")
+    measure.forget(tmp_path)
+    assert not cached(file)
     measure.fill(tmp_path)
     assert cached(file)
 
