@@ -14,6 +14,7 @@ from ckptc.cli import arguments, render
 from ckptc.cli.progress import show_progress
 
 if TYPE_CHECKING:
+    from ckptc.io.plain_chunks import PlainIndex
     from ckptc.plan.model import Exactness, Plan
     from ckptc.run.diff import Comparison, Difference
 
@@ -124,21 +125,27 @@ def add_diff(commands: Any) -> None:
     )
 
 
-def compiled(args: argparse.Namespace) -> Plan:
-    """The plan of an export, from the options of `export` or of `compile --export`."""
+def compiled(args: argparse.Namespace) -> tuple[Plan, PlainIndex]:
+    """The plan of an export, from the options of `export` or of `compile --export`; and where what it reads lies."""
     from ckptc.cli.commands import find
     from ckptc.compile.export import compile_export
     from ckptc.compile.reading import ExportOptions
     from ckptc.io.locate import remember
-    from ckptc.io.orbax_reader import find_items, open_saved
+    from ckptc.io.orbax_reader import find_items, list_plain, open_saved
     from ckptc.io.original import open_original
+    from ckptc.io.plain_chunks import PlainIndex
     from ckptc.ir.saved import Saved
     from ckptc.run.apart import apart
     from ckptc.run.export import companions_digest
 
     mapping, model = find(args)
     items = find_items(Path(args.source))
-    saved = Saved.of(apart(lambda: open_saved(Path(args.source))[0].record()))  # by TensorStore, which has threads
+
+    def read() -> list[Any]:  # by TensorStore, which has threads
+        return [open_saved(Path(args.source))[0].record(), list_plain(items).record()]
+
+    found = apart(read)
+    saved, plain = Saved.of(found[0]), PlainIndex.of(found[1])
     original = open_original(Path(args.config_from)) if args.config_from else None
     options = ExportOptions(
         dtype=args.dtype,
@@ -152,14 +159,14 @@ def compiled(args: argparse.Namespace) -> Plan:
     remember(plan.made.source or "", items)
     if plan.outputs and plan.outputs.companions:
         remember(companions_digest(plan.outputs), Path(args.config_from))
-    return plan
+    return plan, plain
 
 
 def export(args: argparse.Namespace) -> None:
     from ckptc.cli.commands import write_plan
     from ckptc.plan.json import dumps
 
-    plan = compiled(args)
+    plan, plain = compiled(args)
     text = dumps(plan)
     if args.plan_file:
         write_plan(Path(args.plan_file), text, args.force)
@@ -168,19 +175,25 @@ def export(args: argparse.Namespace) -> None:
         return
     if not args.json and not args.quiet:
         print(summary(plan) + "\n")
-    execute(
-        plan, json.loads(text)["digest"], args, Path(args.source), Path(args.config_from) if args.config_from else None
-    )
+    companions = Path(args.config_from) if args.config_from else None
+    execute(plan, json.loads(text)["digest"], args, Path(args.source), companions, plain)
 
 
-def execute(plan: Plan, digest: str, args: argparse.Namespace, source: Path | None, companions: Path | None) -> None:
-    """Runs an export's plan, and says what it did."""
+def execute(
+    plan: Plan,
+    digest: str,
+    args: argparse.Namespace,
+    source: Path | None,
+    companions: Path | None,
+    plain: PlainIndex | None = None,
+) -> None:
+    """Runs an export's plan, and says what it did. `plain`: where chunks lie, if that is known."""
     from ckptc.run.export import export as run_export
     from ckptc.run.pool import cores
 
     jobs = args.jobs or cores()
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        report = run_export(plan, Path(args.output), source, companions, on_progress, args.force, jobs)
+        report = run_export(plan, Path(args.output), source, companions, on_progress, args.force, jobs, plain)
     if args.json:
         record = {
             **asdict(report),

@@ -2,8 +2,8 @@
 names. The output appears complete or not at all.
 
 Worker processes share the temporary files, which have their full size from the start: each takes the next unit, reads
-what it needs and writes it in place. TensorStore, which reads, has threads, and a process with threads cannot be forked
-safely: so it is used in workers alone, or in this process when it has none.
+what it needs and writes it in place. TensorStore, which reads what is compressed, has threads, and a process with
+threads cannot be forked safely: so it is used in workers alone, or in this process when it has none.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import multiprocessing as mp
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.io.locate import recall
-from ckptc.io.orbax_reader import check_saved, find_items, open_reader
+from ckptc.io.orbax_reader import ArrayReader, check_saved, find_items, list_plain, open_reader
 from ckptc.io.original import identify
+from ckptc.io.plain_chunks import PlainIndex
 from ckptc.io.safetensors_writer import CheckpointWriter, FileSpec
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.plan.outputs import INDEX, Outputs, config_text, header, index
-from ckptc.run.apart import can_fork
+from ckptc.run.apart import apart, can_fork
 from ckptc.run.exporter import Exporter, units
 from ckptc.run.journal import output_error
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
@@ -51,9 +53,11 @@ def export(
     on_progress: Callable[[Progress], None] = lambda _: None,
     force: bool = False,
     jobs: int = 1,
+    plain: PlainIndex | None = None,
 ) -> ExportReport:
     """Executes exactly the plan, into `output`. `companions`: the directory with the files to copy, if there are any.
-    `jobs`: worker processes at most, as far as the plan's memory goes; with one, all is done in this process.
+    `jobs`: worker processes at most, as far as the plan's memory goes; with one, all is done in this process. `plain`:
+    what `list_plain` says of the checkpoint, if it has been asked already.
 
     Raises InputError: `unknown-source`, `source-changed`, `worker-died`, `out-of-memory`, what `find_items` and
     `CheckpointWriter` raise, what reading raises, and `disk-full` or `unwritable-output` when the system refuses to
@@ -64,6 +68,8 @@ def export(
     assert outputs is not None and plan.made.kind == "export"
     items = _find(plan, source)
     check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
+    if plain is None:
+        plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
     copies = _companions(plan, outputs, companions)
     specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
     texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
@@ -71,7 +77,7 @@ def export(
         with CheckpointWriter(output, specs, force=force) as writer:
             check_room(output, sum(f.size for f in specs))
             writer.create()
-            work = _Work(plan, outputs, items, output, writer, jobs)
+            work = _Work(plan, outputs, partial(open_reader, items, plain), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
             writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
@@ -87,9 +93,15 @@ class _Work:
     """What there is to do, spread over workers: the units of the plan, then what no tensor has a place for."""
 
     def __init__(
-        self, plan: Plan, outputs: Outputs, items: Path, output: Path, writer: CheckpointWriter, jobs: int
+        self,
+        plan: Plan,
+        outputs: Outputs,
+        reader: Callable[[], ArrayReader],
+        output: Path,
+        writer: CheckpointWriter,
+        jobs: int,
     ) -> None:
-        self.plan, self.outputs, self.items, self.output, self.writer = plan, outputs, items, output, writer
+        self.plan, self.outputs, self.reader, self.output, self.writer = plan, outputs, reader, output, writer
         fitting = plan.choices.memory // max(1, plan.totals.peak_memory_bytes)
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
         self.read = 0
@@ -129,7 +141,7 @@ class _Work:
             written = 0
             return_large_blocks()
             try:
-                with Exporter(self.plan, self.outputs, open_reader(self.items), self.writer) as exporter:
+                with Exporter(self.plan, self.outputs, self.reader(), self.writer) as exporter:
                     while (number := shared.take()) < count:
                         written += make(exporter, number)
                         shared.note(k, number, written, exporter.reader.bytes_read)
