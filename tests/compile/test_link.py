@@ -9,7 +9,7 @@ from ckptc.compile.link import LEAST, MOST, choose
 from ckptc.compile.options import Options
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.plan.links import linked_bytes
-from ckptc.plan.model import Source
+from ckptc.plan.model import Content, Source
 from ckptc.spec.mapping import find_model
 
 BUDGET = 64 << 20
@@ -17,22 +17,26 @@ EMBED, MLP = 4096, 14336
 KERNEL = Source("bfloat16", (MLP, EMBED), tuple(range(32)))
 
 
+def content(shape: tuple[int, ...], source: Source, parts: tuple[Part, ...]) -> Content:
+    return Content(shape, source.dtype, (source.kind,), parts)
+
+
 def test_a_transposed_stack_is_cut_along_what_its_source_stores_slowest() -> None:
     turned = Part(0, 0, 0, (whole(EMBED, 1), whole(32, 0, 1), whole(MLP, EMBED)))
-    chunk, order = choose((EMBED, 32, MLP), "bfloat16", (KERNEL,), (turned,), (16, 1, 1), BUDGET) or ((), ())
+    chunk, order = choose(content((EMBED, 32, MLP), KERNEL, (turned,)), (16, 1, 1), BUDGET) or ((), ())
     assert chunk == (EMBED, 1, 2048) and order == (1, 2, 0)
     assert 2048 * EMBED * 2 <= MOST
 
 
 def test_no_transposition_is_stated_where_there_is_none() -> None:
     plain = Part(0, 0, 0, (whole(MLP, EMBED), whole(32, 0, 1), whole(EMBED, 1)))
-    chunk, order = choose((MLP, 32, EMBED), "bfloat16", (KERNEL,), (plain,), (1, 1, 1), BUDGET) or ((), ())
+    chunk, order = choose(content((MLP, 32, EMBED), KERNEL, (plain,)), (1, 1, 1), BUDGET) or ((), ())
     assert chunk == (2048, 1, EMBED) and order == (0, 1, 2)
 
 
 def test_shards_are_whole_chunks_where_the_source_is_cut_so() -> None:
     plain = Part(0, 0, 0, (whole(MLP, EMBED), whole(EMBED, 1)))
-    chunk, _ = choose((MLP, EMBED), "bfloat16", (KERNEL,), (plain,), (16, 1), BUDGET) or ((), ())
+    chunk, _ = choose(content((MLP, EMBED), KERNEL, (plain,)), (16, 1), BUDGET) or ((), ())
     assert chunk == (MLP // 16, EMBED)
 
 
@@ -43,7 +47,7 @@ def test_chunks_end_where_padding_begins_if_they_stay_large() -> None:
             Part(None, 0, 0, (AxisMap(rows, (Factor(size - rows, 1, 0),)), whole(EMBED, 0))),
         )
         source = Source("bfloat16", (rows, EMBED), (0,))
-        return (choose((size, EMBED), "bfloat16", (source,), parts, (1, 1), BUDGET) or ((), ()))[0]
+        return (choose(content((size, EMBED), source, parts), (1, 1), BUDGET) or ((), ()))[0]
 
     assert padded(128256, 128512) == (256, EMBED)
     assert padded(128256, 128260) == (2004, EMBED)  # 4 rows of 8 kB are too small: the last chunk straddles
@@ -55,13 +59,13 @@ def test_what_lies_in_small_pieces_is_copied() -> None:
     rope = Part(0, 0, 0, (whole(EMBED, 1), whole(32, 128 * EMBED), inside))
     assert EMBED * 2 < LEAST
     source = Source("bfloat16", (EMBED, EMBED), (0,))
-    assert choose((EMBED, 32, 128), "bfloat16", (source,), (rope,), (1, 1, 1), BUDGET) is None
+    assert choose(content((EMBED, 32, 128), source, (rope,)), (1, 1, 1), BUDGET) is None
 
 
 def test_whole_tensors_are_linked_however_small() -> None:
     norm = Part(0, 0, 0, (whole(128, 1), whole(32, 0, 1)))
     source = Source("bfloat16", (128,), tuple(range(32)))
-    assert choose((128, 32), "bfloat16", (source,), (norm,), (1, 1), BUDGET) == ((128, 1), (0, 1))
+    assert choose(content((128, 32), source, (norm,)), (1, 1), BUDGET) == ((128, 1), (0, 1))
 
 
 @pytest.mark.parametrize("layout", ["scanned", "unscanned"])

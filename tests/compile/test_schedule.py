@@ -31,7 +31,7 @@ from ckptc.ops.base import Parts
 from ckptc.ops.nest import restrict_part
 from ckptc.ops.types import itemsize
 from ckptc.plan import model
-from ckptc.plan.model import Array, Source
+from ckptc.plan.model import Array, Content, Source
 from ckptc.plan.reads import need
 
 Shape = tuple[int, ...]
@@ -50,7 +50,7 @@ class Case(NamedTuple):
     def array(self, budget: int, shards: int = 1) -> Array:
         counts = shard_counts(self.type.shape, shards)
         shape, dtype, parts = self.type.shape, self.type.dtype, tuple(self.parts)
-        chunk, unit = fit(shape, dtype, self.sources, parts, counts, budget)
+        chunk, unit = fit(Content(shape, dtype, tuple(s.kind for s in self.sources), parts), counts, budget)
         return Array(("x",), shape, dtype, chunk, unit, counts, (), "", (), self.sources, parts)
 
 

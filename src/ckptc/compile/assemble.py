@@ -169,12 +169,13 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
     sources = tuple(_source(leaf, table) for leaf in folded.leaves)
     compressed = options.compression != "none"
     budget = unit_budget(options.memory, compressed)
-    linked = link.choose(shape, dtype, sources, folded.parts, shards, budget) if options.link else None
+    content = plan.Content(shape, dtype, tuple(s.kind for s in sources), folded.parts)
+    linked = link.choose(content, shards, budget) if options.link else None
 
     def fitted(memory: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Chunk and unit within a budget; None where there would be too many."""
         try:
-            return fit(shape, dtype, sources, folded.parts, shards, unit_budget(memory, compressed), bool(options.mesh))
+            return fit(content, shards, unit_budget(memory, compressed), bool(options.mesh))
         except TooManyUnitsError:
             return None
 

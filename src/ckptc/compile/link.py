@@ -18,7 +18,7 @@ from math import gcd, prod
 from ckptc.ops.nest import AxisMap, Part, joined, restrict_part
 from ckptc.ops.types import itemsize
 from ckptc.plan import links
-from ckptc.plan.model import Array, Source
+from ckptc.plan.model import Array, Content
 from ckptc.plan.reads import need
 
 MOST = 16 << 20  # bytes of a chunk: a restore holds each chunk whole, and reads several at once
@@ -29,39 +29,22 @@ MADE_MOST = 4096  # chunks of an array that are not linked
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # chunk, and its axes as stored, slowest first
 
 
-def choose(
-    shape: tuple[int, ...],
-    dtype: str,
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-    shards: tuple[int, ...],
-    budget: int,
-) -> Layout | None:
+@lru_cache(maxsize=4096)
+def choose(content: Content, shards: tuple[int, ...], budget: int) -> Layout | None:
     """The chunk and the order of axes with which at least half of the array lies in source files; None when there is
     none, or when making the rest takes more than `budget` bytes of buffers."""
-    return _choose(shape, dtype, tuple(s.kind for s in sources), parts, shards, budget)
-
-
-@lru_cache(maxsize=4096)
-def _choose(
-    shape: tuple[int, ...],
-    dtype: str,
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-    shards: tuple[int, ...],
-    budget: int,
-) -> Layout | None:
-    main = max((p for p in parts if links.plain(p, sources, dtype)), key=lambda p: p.size, default=None)
+    main = max((p for p in content.parts if links.plain(p, content)), key=lambda p: p.size, default=None)
     if main is None or main.source is None:
         return None
-    chunk, order = _grow(shape, main, parts, shards, itemsize(dtype), min(MOST, budget // 2))
-    if prod(chunk) * itemsize(dtype) < LEAST and prod(chunk) < prod(sources[main.source].shape):
+    item = itemsize(content.dtype)
+    chunk, order = _grow(content.shape, main, content.parts, shards, item, min(MOST, budget // 2))
+    if prod(chunk) * item < LEAST and prod(chunk) < prod(content.sources[main.source].shape):
         return None
-    linked = links.of(shape, dtype, chunk, order, sources, parts).cells.size
-    grid = [-(-n // c) for n, c in zip(shape, chunk, strict=True)]
-    if 2 * linked * prod(chunk) < prod(shape) or prod(grid) - linked > MADE_MOST:
+    linked = links.of(content, chunk, order).cells.size
+    grid = [-(-n // c) for n, c in zip(content.shape, chunk, strict=True)]
+    if 2 * linked * prod(chunk) < prod(content.shape) or prod(grid) - linked > MADE_MOST:
         return None
-    if _account(shape, dtype, chunk, order, sources, parts)[1] > budget:
+    if _account(content, chunk, order)[1] > budget:
         return None
     return chunk, order
 
@@ -121,25 +104,17 @@ def _divisor(size: int, most: int) -> int:
 def account(array: Array) -> tuple[int, int]:
     """Bytes read for the chunks that are made, and bytes of buffers of the largest of them, as `schedule.account`."""
     assert array.link is not None
-    kinds = tuple(s.kind for s in array.sources)
-    return _account(array.shape, array.dtype, array.chunk, array.link, kinds, array.parts)
+    return _account(array.content, array.chunk, array.link)
 
 
 @lru_cache(maxsize=4096)
-def _account(
-    shape: tuple[int, ...],
-    dtype: str,
-    chunk: tuple[int, ...],
-    order: tuple[int, ...],
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-) -> tuple[int, int]:
-    linked = links.of(shape, dtype, chunk, order, sources, parts).cells
+def _account(content: Content, chunk: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, int]:
+    linked = links.of(content, chunk, order).cells
     read = peak = 0
-    for box in links.others(shape, chunk, linked):
-        inside = [p for part in parts for p in restrict_part(part, box)]
-        needs = [need(p, sources[p.source]) for p in inside if p.source is not None]
+    for box in links.others(content.shape, chunk, linked):
+        inside = [p for part in content.parts for p in restrict_part(part, box)]
+        needs = [need(p, content.sources[p.source]) for p in inside if p.source is not None]
         read += sum(n.read for n in needs)
         # What is made is held once more, in the order that it is stored in.
-        peak = max(peak, sum(n.memory for n in needs) + 2 * prod(chunk) * itemsize(dtype))
+        peak = max(peak, sum(n.memory for n in needs) + 2 * prod(chunk) * itemsize(content.dtype))
     return read, peak

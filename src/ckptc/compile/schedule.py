@@ -18,7 +18,7 @@ from math import isqrt, prod
 
 from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array, Source
+from ckptc.plan.model import Array, Content
 from ckptc.plan.reads import need, plan_read, tensors_of
 
 UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
@@ -53,40 +53,23 @@ def encoded_bytes(array: Array) -> int:
     return 2 * prod(array.chunk) * itemsize(array.dtype)
 
 
+@lru_cache(maxsize=4096)
 def fit(
-    shape: tuple[int, ...],
-    dtype: str,
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-    shards: tuple[int, ...],
-    budget: int,
-    whole: bool = False,
+    content: Content, shards: tuple[int, ...], budget: int, whole: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The chunk and the unit of an array: no unit uses more than `budget` bytes of buffers, if a row fits.
 
     `whole`: shards are made of whole chunks, however small that makes them. Every axis is then divided by its shards.
     """
-    return _fit(shape, dtype, tuple(s.kind for s in sources), parts, shards, budget, whole)
-
-
-@lru_cache(maxsize=4096)
-def _fit(
-    shape: tuple[int, ...],
-    dtype: str,
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-    shards: tuple[int, ...],
-    budget: int,
-    whole: bool,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    main, cost, row = _main(parts), itemsize(dtype), 0
+    shape, parts = content.shape, content.parts
+    main, cost, row = _main(parts), itemsize(content.dtype), 0
     if main is not None and main.source is not None:
-        needed = need(main, sources[main.source])
+        needed = need(main, content.sources[main.source])
         cost += -(-(needed.read + needed.decoded_bytes) // main.size)
         row = needed.rows.layout.length if needed.rows else 0
     limit = max(1, budget // cost)
     best = last = _choose(shape, parts, shards, limit, row, whole)
-    least = peak = _account(shape, dtype, sources, parts, last[1])[1]
+    least = peak = _account(content, last[1])[1]
     while least > budget and limit > 1:
         limit = max(1, min(limit * 9 // 10, limit * budget // peak))
         smaller = _choose(shape, parts, shards, limit, row, whole)
@@ -95,7 +78,7 @@ def _fit(
         last = smaller
         if prod(-(-n // u) for n, u in zip(shape, last[1], strict=True)) > UNITS_MOST:
             break
-        peak = _account(shape, dtype, sources, parts, last[1])[1]
+        peak = _account(content, last[1])[1]
         if peak < 0.95 * least:  # else it only reads the same more often
             best, least = last, peak
     return best
@@ -171,25 +154,22 @@ def account(array: Array) -> tuple[int, int]:
 
     Buffers hold what a unit reads and decodes, and what it makes.
     """
-    kinds = tuple(s.kind for s in array.sources)
-    return _account(array.shape, array.dtype, kinds, array.parts, array.unit)
+    return _account(array.content, array.unit)
 
 
 @lru_cache(maxsize=4096)
-def _account(
-    shape: tuple[int, ...], dtype: str, sources: tuple[Source, ...], parts: tuple[Part, ...], unit: tuple[int, ...]
-) -> tuple[int, int]:
-    read, peak = 0, 0
-    axes, times = _repeated(shape, unit, parts)
+def _account(content: Content, unit: tuple[int, ...]) -> tuple[int, int]:
+    read, peak, shape = 0, 0, content.shape
+    axes, times = _repeated(shape, unit, content.parts)
     ranges = [range(1) if a in axes else range(0, n, u) for a, (n, u) in enumerate(zip(shape, unit, strict=True))]
     if prod(map(len, ranges)) > ACCOUNTED_MOST:
         raise TooManyUnitsError
     for corner in product(*ranges):
         box = tuple((c, min(c + u, n)) for c, u, n in zip(corner, unit, shape, strict=True))
-        inside = [p for part in parts for p in restrict_part(part, box)]
-        needs = [need(p, sources[p.source]) for p in inside if p.source is not None]
+        inside = [p for part in content.parts for p in restrict_part(part, box)]
+        needs = [need(p, content.sources[p.source]) for p in inside if p.source is not None]
         read += sum(n.read for n in needs) * times
-        made = prod(high - low for low, high in box) * itemsize(dtype)
+        made = prod(high - low for low, high in box) * itemsize(content.dtype)
         peak = max(peak, sum(n.memory for n in needs) + made)
     return read, peak
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ckptc.ops.nest import AxisMap, Part, joined, restrict
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array, Box, Plan, Source
+from ckptc.plan.model import Array, Box, Content, Plan
 
 MAX_CHUNKS = 1 << 21  # along the axes of an array, of all its parts: those of a model are thousands
 Numbers = npt.NDArray[Any]  # int64[n]
@@ -51,48 +51,30 @@ class Place:
 
 def links(array: Array) -> Links:
     """The chunks that need not be made; none where the array has no `link`."""
-    return of(array.shape, array.dtype, array.chunk, array.link, array.sources, array.parts)
-
-
-def of(
-    shape: tuple[int, ...],
-    dtype: str,
-    chunk: tuple[int, ...],
-    order: tuple[int, ...] | None,
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-) -> Links:
-    """As `links`, of an array of which that is known."""
-    return _links(shape, dtype, chunk, order, tuple(s.kind for s in sources), parts)
+    return of(array.content, array.chunk, array.link)
 
 
 @lru_cache(maxsize=4096)
-def _links(
-    shape: tuple[int, ...],
-    dtype: str,
-    chunk: tuple[int, ...],
-    order: tuple[int, ...] | None,
-    sources: tuple[Source, ...],
-    parts: tuple[Part, ...],
-) -> Links:
-    spans = (a.stop // c - a.start // c + 1 for p in parts for a, c in zip(p.axes, chunk, strict=True))
+def of(content: Content, chunk: tuple[int, ...], order: tuple[int, ...] | None) -> Links:
+    """As `links`, of an array that holds this in such chunks."""
+    spans = (a.stop // c - a.start // c + 1 for p in content.parts for a, c in zip(p.axes, chunk, strict=True))
     if order is not None and sum(spans) > MAX_CHUNKS:
         raise ValueError(f"more than {MAX_CHUNKS} chunks along its axes are to be linked")
     found = [Links(*(np.empty(0, np.int64) for _ in Links._fields))]
     if order is not None:
         steps = _steps(chunk, order)
-        for part in parts:
-            if plain(part, sources, dtype):
-                found += _part(part, shape, chunk, steps)
+        for part in content.parts:
+            if plain(part, content):
+                found += _part(part, content.shape, chunk, steps)
     return Links(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def plain(part: Part, sources: tuple[Source, ...], dtype: str) -> bool:
-    """Whether a part only moves what is stored."""
-    if part.source is None or any(step != ("cast", dtype) for step in part.math):
+def plain(part: Part, content: Content) -> bool:
+    """Whether a part of it only moves what is stored."""
+    if part.source is None or any(step != ("cast", content.dtype) for step in part.math):
         return False
-    source = sources[part.source]
-    return source.dtype == dtype and source.decode is None
+    source = content.sources[part.source]
+    return source.dtype == content.dtype and source.decode is None
 
 
 def _steps(chunk: tuple[int, ...], order: tuple[int, ...]) -> list[int]:

@@ -59,7 +59,7 @@ class Source:
 
     @property
     def kind(self) -> Source:
-        """The source without its tensors: arrays of different layers are alike but for these, and worked out once."""
+        """The source without its tensors: all that arrays of different layers have in common."""
         return replace(self, tensors=(), decode=self.decode and replace(self.decode, tensors=()))
 
 
@@ -83,6 +83,17 @@ class Exactness:
     above: float | None = 0.0
     relative: float = 0.0
     absolute: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an array holds, however it is stored. Its sources are kinds: arrays that differ in their tensors alone have
+    equal contents, and what follows from those is worked out once."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sources: tuple[Source, ...]
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,10 @@ class Array:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * itemsize(self.dtype)
+
+    @property
+    def content(self) -> Content:
+        return Content(self.shape, self.dtype, tuple(s.kind for s in self.sources), self.parts)
 
     def units(self) -> Iterator[Box]:
         """The units' boxes, row-major."""
