@@ -12,6 +12,7 @@ The cases follow each other in rounds, and the table shows medians and ratios to
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -57,13 +58,20 @@ def memory(size: int, dtype: str) -> Array:
     return page_buffer(size * kind.itemsize)[: size * kind.itemsize].view(kind)
 
 
+@functools.cache
+def random_block() -> npt.NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32) * np.float32(0.02)
+
+
 def numbers(size: int, dtype: str) -> Array:
     """`size` weights of this dtype, or any codes if it is an integer: a block of random ones, repeated."""
-    block = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32) * 0.02
     kind = numpy_dtype(dtype)
-    found = (block.view(np.uint8) if kind.kind in "ui" else block).astype(kind).view(np.uint8)
+    block = random_block().view(np.uint8) if kind.kind in "ui" else random_block()
+    found = block.astype(kind).view(np.uint8)
     out = memory(size, dtype)
-    out.view(np.uint8)[:] = np.resize(found, out.nbytes)
+    for begin in range(0, out.nbytes, found.size):
+        part = out.view(np.uint8)[begin : begin + found.size]
+        part[:] = found[: part.size]
     return out
 
 

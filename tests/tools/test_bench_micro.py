@@ -14,17 +14,25 @@ from ckptc.ops import Axis, DequantBlockFp8, DequantMxfp4, TensorType
 from ckptc.ops.dequant import Decode
 from ckptc.plan.json import loads
 
+# Forked, to measure with what is loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 kernels, compiling = module("bench_kernels"), module("bench_compile")
 
 
 def test_every_kernel_has_a_row(tmp_path: Path) -> None:
-    report, said = run(tmp_path, "bench_kernels.py", "--rounds", "1", "--seconds", "0.001", "--processes", "2")
+    report, said = run(tmp_path, "bench_kernels.py", "--rounds", "1", "--seconds", "0.001", "--processes", "1")
     assert [row["kernel"] for row in report["kernels"]] == [case.name for case in kernels.CASES]
     for row in report["kernels"]:
         for rates in (row["one"], row["all"]):
             assert rates["gb_per_s"] > 0 and rates["of_memcpy"] > 0 and len(rates["rounds_gb_per_s"]) == 1
         assert f"| {row['kernel']} | " in said
     assert report["kernels"][0]["kernel"] == "memcpy" and report["kernels"][0]["one"]["of_memcpy"] == 1
+
+
+def test_the_rate_of_several_processes_is_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "rate", lambda *_: 2.0)
+    cases = [kernels.Case("memcpy", lambda: (lambda: None, 1.0)), kernels.Case("other", lambda: (lambda: None, 1.0))]
+    assert kernels.measured(cases, 2, 3, 0.0) == {"memcpy": [(2.0, 6.0)] * 2, "other": [(2.0, 6.0)] * 2}
 
 
 @pytest.mark.parametrize(
