@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp_v1
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -23,6 +26,21 @@ def jax_with_64_bits() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
+
+
+def v1_load(step: Path, target: Any = None) -> Any:
+    """The tree of a step, or the target's part of it, as Orbax v1 restores it: `load`, or `load_pytree` before 0.12."""
+    load = ocp_v1.load if hasattr(ocp_v1, "load") else ocp_v1.load_pytree
+    return load(step, target, checkpointable_name="items")
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a Python that has `count` simulated devices and imports what the tests do."""
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
 
 
 def by_path(tree: Any, at: str = "params") -> Arrays:

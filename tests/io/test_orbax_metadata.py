@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckptc.io.orbax_metadata import ArraySpec, Mesh, sharding_metadata
+from restoring import with_devices
 
 MESH: Mesh = (("fsdp", 2), ("context", 1), ("tensor", 4))
 SPECS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -40,9 +40,8 @@ with ocp.StandardCheckpointer() as checkpointer:
 def orbaxs(tmp_path_factory: pytest.TempPathFactory) -> str:
     """`_sharding` as Orbax writes it from eight devices."""
     directory = tmp_path_factory.mktemp("orbaxs")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    script = f"SPECS = {SPECS!r}\n{SAVE}"
-    done = subprocess.run([sys.executable, "-c", script, str(directory)], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", f"SPECS = {SPECS!r}\n{SAVE}", str(directory)]
+    done = subprocess.run(command, env=with_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return (Path(directory) / "saved" / "_sharding").read_text("utf-8")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
 
 from ckptc.diagnostics import InputError
@@ -28,7 +27,7 @@ from ckptc.run.runner import Report, Settings, run
 from ckptc.run.verify import check_sums
 from golden import compile_case, difference, differences, expected_of, known_cases, source_tensors
 from reference import GoldenCase
-from restoring import by_path, restored
+from restoring import by_path, restored, v1_load, with_devices
 from roundtrip import broken_promises, export_plan, exported
 
 CASES = {case.id: case for case in known_cases()}
@@ -95,14 +94,15 @@ def test_orbax_restores_maxtexts_arrays(id_: str, tmp_path: Path) -> None:
     assert report.linked_bytes == plan.totals.linked_bytes > plan.totals.write_bytes // 2
     assert report.write_bytes == plan.totals.write_bytes - plan.totals.linked_bytes
     assert differences(restored(tmp_path), expected_of(case)) == []
-    v1 = by_path(ocp_v1.load(tmp_path / "0", checkpointable_name="items")["params"])
+    v1 = by_path(v1_load(tmp_path / "0")["params"])
     assert differences(v1, expected_of(case)) == []
 
 
 RESTORE_SHARDED = """
-import sys, jax, numpy as np, orbax.checkpoint as ocp, orbax.checkpoint.experimental.v1 as v1
+import sys, jax, numpy as np, orbax.checkpoint as ocp
 from pathlib import Path
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from restoring import v1_load
 
 mesh = Mesh(np.array(jax.devices()), ("x",))
 def restore(made, axis):
@@ -115,7 +115,7 @@ def restore(made, axis):
     metadata = ocp.StandardCheckpointer().metadata(made / "items").item_metadata
     target = {"step": 0, "params": jax.tree.map(abstract, dict(metadata)["params"]), "opt_state": {}}
     yield ocp.StandardCheckpointer().restore(made / "items", target)
-    yield v1.load(made, target, checkpointable_name="items")
+    yield v1_load(made, target)
 
 for axis in (0, -1):
     for a, b in zip(*(restore(Path(made), axis) for made in sys.argv[1:]), strict=True):
@@ -128,9 +128,8 @@ for axis in (0, -1):
 def test_orbax_restores_onto_devices_what_it_does_of_a_copied_one(tmp_path: Path) -> None:
     convert(linked(), CASE.hf, tmp_path / "linked")
     convert(compile_case(CASE), CASE.hf, tmp_path / "copied")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", RESTORE_SHARDED, str(tmp_path / "linked" / "0"), str(tmp_path / "copied" / "0")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=with_devices(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

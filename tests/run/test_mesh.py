@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from ckptc.cli import main
+from restoring import with_devices
 
 TOOLS = Path(__file__).parents[2] / "tools"
 MEGABYTES = 24
@@ -25,9 +25,9 @@ if len(sys.argv) > 4:
     jax.distributed.initialize(sys.argv[4], 2, int(sys.argv[5]))
 import numpy as np
 import orbax.checkpoint as ocp
-import orbax.checkpoint.experimental.v1 as ocp_v1
 import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from restoring import v1_load
 
 items, plain, specs = sys.argv[1] + "/0/items", sys.argv[2] + "/0/items", json.loads(sys.argv[3])
 mesh = Mesh(np.array(jax.devices()).reshape(min(2, jax.device_count()), -1), ("fsdp", "tensor"))
@@ -75,16 +75,16 @@ print(json.dumps({**counts, "held": check(tree)}))
 
 WITHOUT_TARGET = """
 check(ocp.StandardCheckpointer().restore(items))
-check(ocp_v1.load(sys.argv[1] + "/0", checkpointable_name="items"))
+check(v1_load(sys.argv[1] + "/0"))
 print("{}")
 """
 
 
 def start(script: str, devices: int, *args: object) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", COMMON + script, *map(str, args)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=with_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def said(process: subprocess.Popen[str]) -> dict[str, int]:

@@ -133,7 +133,8 @@ def assert_no_checkpoint(output: Path) -> None:
         assert manager.all_steps() == []
     with ocp_v1.training.Checkpointer(output) as checkpointer:
         assert list(checkpointer.checkpoints) == []
-    with pytest.raises(ValueError, match="Failed to load"):  # `is_orbax_checkpoint` is true of any directory
+    # `is_orbax_checkpoint` is true of any directory. Orbax before 0.12 says interpret.
+    with pytest.raises(ValueError, match=r"Failed to (load|interpret)"):
         ocp_v1.load_pytree(output)
 
 

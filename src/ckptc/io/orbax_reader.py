@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -221,8 +222,8 @@ def _listed(items: Path) -> tuple[list[tuple[str, ...]], bool, bool]:
 
 
 def _reason(error: Exception) -> str:
-    """TensorStore's words, without the specification that it ends with."""
-    return str(error).partition(" [tensorstore_spec")[0][:300]
+    """TensorStore's words, without the specification that it ends with, and the lines of its own that older ones add."""
+    return re.split(r" \[(?:source locations|tensorstore_spec)=", str(error), maxsplit=1)[0][:300]
 
 
 def _ocdbt(items: Path, path: str) -> dict[str, Any]:
