@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -35,7 +36,7 @@ from ckptc.io.reader import open_regular, resolve
 from ckptc.io.zarr3 import DTYPES, bytes_codec
 from ckptc.ir.source import SourceFile
 
-MOST = 1 << 20  # keys of a database that are listed
+MOST = 1 << 18  # keys of a database that are listed: 100,000 take about a second
 MOST_INLINE = 16 << 20  # bytes of chunks that lie in the index itself
 INLINE = -1  # instead of the number of a chunk's file
 _SHARD_INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -131,8 +132,8 @@ class _List:
         texts = [(name, reading.read(f"{name}/zarr.json")) for name in names]
         found = ((name, layout_of(bytes(text.result().value))) for name, text in texts)
         self._layouts = {name: layout for name, layout in found if layout is not None}
-        self._rows: dict[str, list[tuple[int, int, int, int]]] = {name: [] for name in self._layouts}
-        self._files: dict[bytes, int] = {}
+        self._rows = {name: array("q") for name in self._layouts}  # four numbers for each key: as of `PlainArray`
+        self._files: dict[str, int] = {}  # by base and name, as the database writes them
         self._inline = bytearray()
 
     def index(self) -> PlainIndex:
@@ -142,24 +143,30 @@ class _List:
             name, _, at = key.decode().rpartition("/c")
             if name not in self._layouts:
                 continue
-            cell = _cell(at, self._layouts[name])
-            if isinstance(value, bytes):
-                self._rows[name].append((cell, INLINE, len(self._inline), len(value)))
-                self._inline += value
-                if len(self._inline) > MOST_INLINE:
-                    raise ValueError("too many values lie in the index")
-            else:
-                file = self._files.setdefault(value.file, len(self._files))
-                self._rows[name].append((cell, file, value.offset, value.length))
+            place = self._inlined(value) if isinstance(value, bytes) else self._place(value)
+            self._rows[name].extend((_cell(at, self._layouts[name]), *place))
         arrays = {}
         for name, rows in self._rows.items():
-            table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 4)
+            table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+            table = table[np.argsort(table[:, 0], kind="stable")]
             if (np.diff(table[:, 0]) > 0).all() and (table[:, 2:] >= 0).all():
                 arrays[name] = PlainArray(self._layouts[name], *(np.ascontiguousarray(c) for c in table.T))
-        return PlainIndex(tuple(self._sized(f.decode()) for f in self._files), bytes(self._inline), arrays)
+        return PlainIndex(tuple(map(self._sized, self._files)), bytes(self._inline), arrays)
 
-    def _entries(self) -> Iterator[tuple[bytes, bytes | _Place]]:
-        """Every key with its value, or where that is. ValueError where the tree is none."""
+    def _inlined(self, value: bytes) -> tuple[int, int, int]:
+        at = len(self._inline)
+        self._inline += value
+        if len(self._inline) > MOST_INLINE:
+            raise ValueError("too many values lie in the index")
+        return INLINE, at, len(value)
+
+    def _place(self, text: str) -> tuple[int, int, int]:
+        """From `value:<base>:<file>:<offset>:<length>`, the file's number, the offset and the length."""
+        file, offset, length = text.rsplit(":", 2)
+        return self._files.setdefault(file, len(self._files)), int(offset), int(length)
+
+    def _entries(self) -> Iterator[tuple[bytes, bytes | str]]:
+        """Every key with its value, or the text that says where that is. ValueError where the tree is none."""
         version = self._ts.ocdbt.dump(self._base).result()["versions"][-1]
         nodes, known, keys = [(version["root"]["location"], b"", version["root_height"])], set(), 0
         while nodes:
@@ -177,33 +184,20 @@ class _List:
                 elif "inline_value" in entry:
                     yield prefix + entry["key"], entry["inline_value"]
                 else:
-                    yield prefix + entry["key"], _Place.of(entry["indirect_value"])
+                    yield prefix + entry["key"], entry["indirect_value"]
 
-    def _sized(self, name: str) -> SourceFile:
-        """A file as it is now: reading it asks whether it is still so large."""
-        size = -1
+    def _sized(self, text: str) -> SourceFile:
+        """A file as it is now, from `value:<base>:<file>`, in which other characters than letters and a few more are
+        written as `%` and two hex digits. Reading it asks whether it is still so large.
+        """
+        kind, base, file = text.split(":")
+        if kind != "value":
+            raise ValueError(f"no value: {text}")
+        name, size = unquote_to_bytes(base + file).decode(), -1
         with suppress(InputError):  # whoever reads the file is told
             descriptor, size = open_regular(resolve(self._items, name), name)
             os.close(descriptor)
         return SourceFile(name, size, "")
-
-
-class _Place(NamedTuple):
-    """A run of bytes in a file below the items."""
-
-    file: bytes
-    offset: int
-    length: int
-
-    @staticmethod
-    def of(text: str) -> _Place:
-        """From `value:<base>:<file>:<offset>:<length>`, where other characters than letters and a few more are written
-        as `%` and two hex digits.
-        """
-        kind, base, file, offset, length = text.split(":")
-        if kind != "value":
-            raise ValueError(f"no value: {text}")
-        return _Place(unquote_to_bytes(base + file), int(offset), int(length))
 
 
 def layout_of(text: bytes) -> Layout | None:
