@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ckptc.io import bulk
-from ckptc.io.bulk import ALIGN, BOUNCE, LEAST, BulkFile, page_buffer, place
+from ckptc.io.bulk import ALIGN, BOUNCE, HUGE, LEAST, BulkFile, page_buffer, place
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct writes here")
 
@@ -113,3 +113,19 @@ def test_threads_write_side_by_side(tmp_path: Path, direct: list[tuple[int, int]
     file.close()
     written = (tmp_path / "f").read_bytes()
     assert all(written[at : at + len(p)] == bytes(p) for at, p in zip(places, pieces, strict=True))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+@pytest.mark.parametrize(("size", "asked"), [(HUGE, True), (5 * HUGE + 1, True), (HUGE - 1, False)])
+def test_large_buffers_ask_for_huge_pages(size: int, asked: bool) -> None:
+    """Or a disk gets its writes in small requests. `hg` in smaps(5): the kernel has been asked for them."""
+    buffer = page_buffer(size)
+    at, flags, inside = buffer.ctypes.data, "", False
+    for line in Path("/proc/self/smaps").read_text("ascii").splitlines():
+        low, dash, high = line.split(" ")[0].partition("-")
+        if dash:
+            inside = int(low, 16) <= at < int(high, 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert flags and ("hg" in flags.split()) == asked
+    assert buffer.size == size and at % ALIGN == 0

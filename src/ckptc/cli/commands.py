@@ -144,7 +144,8 @@ def _compile_export(args: argparse.Namespace) -> Plan:
         raise fail("bad-mesh", "an export is of whole tensors", help="leave out --mesh and --rules")
     if args.link:
         raise fail("cannot-link", "an export writes files of its own", help="leave out --link")
-    return export.compiled(args)[0]
+    with export.reading(args) as work:
+        return export.compiled(args, work)[0]
 
 
 def find(args: argparse.Namespace) -> tuple[Mapping, Model]:

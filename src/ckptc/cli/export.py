@@ -16,6 +16,7 @@ from ckptc.cli.progress import show_progress
 if TYPE_CHECKING:
     from ckptc.io.plain_chunks import PlainIndex
     from ckptc.plan.model import Exactness, Plan
+    from ckptc.run.apart import Apart
     from ckptc.run.diff import Comparison, Difference
 
 MEMORY = 1024 * arguments.MIB  # of an export
@@ -125,27 +126,37 @@ def add_diff(commands: Any) -> None:
     )
 
 
-def compiled(args: argparse.Namespace) -> tuple[Plan, PlainIndex]:
-    """The plan of an export, from the options of `export` or of `compile --export`; and where what it reads lies."""
+def reading(args: argparse.Namespace) -> Apart:
+    """Begins to read what the checkpoint's metadata says, by TensorStore, which has threads: meanwhile, what else is
+    needed can be loaded.
+    """
+    from ckptc.run.apart import Apart
+
+    def read() -> list[Any]:
+        from ckptc.io.orbax_reader import list_plain, open_saved
+
+        saved, items = open_saved(Path(args.source))
+        return [saved.record(), list_plain(items).record(), str(items)]
+
+    return Apart(read)
+
+
+def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex]:
+    """The plan of an export, from the options of `export` or of `compile --export` and what `reading` finds; and where
+    what it reads lies.
+    """
     from ckptc.cli.commands import find
     from ckptc.compile.export import compile_export
     from ckptc.compile.reading import ExportOptions
     from ckptc.io.locate import remember
-    from ckptc.io.orbax_reader import find_items, list_plain, open_saved
     from ckptc.io.original import open_original
     from ckptc.io.plain_chunks import PlainIndex
     from ckptc.ir.saved import Saved
-    from ckptc.run.apart import apart
     from ckptc.run.export import companions_digest
 
     mapping, model = find(args)
-    items = find_items(Path(args.source))
-
-    def read() -> list[Any]:  # by TensorStore, which has threads
-        return [open_saved(Path(args.source))[0].record(), list_plain(items).record()]
-
-    found = apart(read)
-    saved, plain = Saved.of(found[0]), PlainIndex.of(found[1])
+    record, chunks, items = work.result()
+    saved, plain = Saved.of(record), PlainIndex.of(chunks)
     original = open_original(Path(args.config_from)) if args.config_from else None
     options = ExportOptions(
         dtype=args.dtype,
@@ -156,17 +167,18 @@ def compiled(args: argparse.Namespace) -> tuple[Plan, PlainIndex]:
         max_shard=args.max_shard_size,
     )
     plan = compile_export(mapping, model, options, saved, original)
-    remember(plan.made.source or "", items)
+    remember(plan.made.source or "", Path(items))
     if plan.outputs and plan.outputs.companions:
         remember(companions_digest(plan.outputs), Path(args.config_from))
     return plan, plain
 
 
 def export(args: argparse.Namespace) -> None:
+    with reading(args) as work:  # before anything is loaded
+        plan, plain = compiled(args, work)
     from ckptc.cli.commands import write_plan
     from ckptc.plan.json import dumps
 
-    plan, plain = compiled(args)
     text = dumps(plan)
     if args.plan_file:
         write_plan(Path(args.plan_file), text, args.force)

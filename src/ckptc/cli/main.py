@@ -146,19 +146,7 @@ def run(argv: Sequence[str] | None = None) -> int:
                     value == ""
                 ):  # a variable of the shell that is not set; as a path it would be the directory one is in
                     top.error(f"argument {name.replace('_', '-')}: expected a value, not an empty one")
-            from ckptc.cli import commands, verify
-
-            handler: Callable[[argparse.Namespace], int | None] = {
-                "models": commands.models,
-                "compile": commands.compile_,
-                "run": commands.run,
-                "convert": commands.convert,
-                "export": export.export,
-                "diff": export.diff,
-                "verify": verify.verify,
-                "explain": explain.explain,
-            }[args.command]
-            code = handler(args)
+            code = _handler(args.command)(args)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends
         return code or DONE
@@ -189,6 +177,22 @@ def run(argv: Sequence[str] | None = None) -> int:
         name = type(error).__name__
         print(f"internal error: {name}: {error}\nThis is a bug in ckptc. {WHERE}.", file=sys.stderr)
         return USAGE_OR_INTERNAL
+
+
+def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:
+    if command == "export":  # which loads the others' libraries while another process reads
+        return export.export
+    from ckptc.cli import commands, verify
+
+    return {
+        "models": commands.models,
+        "compile": commands.compile_,
+        "run": commands.run,
+        "convert": commands.convert,
+        "diff": export.diff,
+        "verify": verify.verify,
+        "explain": explain.explain,
+    }[command]
 
 
 def _refused(error: InputError, form: str) -> int:

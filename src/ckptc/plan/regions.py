@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Box
-from ckptc.plan.outputs import Kind, Padding
+from ckptc.plan.outputs import PAGE, Kind, Padding
 
 PIECE = 4 << 20  # bytes of a tensor that are made and written at once
 
@@ -159,13 +159,16 @@ def place_in(element: int, shape: Sequence[int], box: Region) -> int:
 
 
 def pieces(box: Box, item: int) -> Iterator[Box]:
-    """A box cut along its first axis into pieces of at most PIECE bytes, or of one index: `item` bytes an element."""
+    """A box cut along its first axis into pieces of at most PIECE bytes, or of one index: `item` bytes an element. Where
+    several fit, they are of whole pages, so that each can be written directly from where it is.
+    """
     if not box:
         yield box
         return
     (low, high), *rest = box
     row = prod(b - a for a, b in rest) * item
-    step = max(1, PIECE // row)
+    step, whole = max(1, PIECE // row), PAGE // gcd(row, PAGE)
+    step -= step % whole if step > whole else 0
     for at in range(low, high, step):
         yield ((at, min(at + step, high)), *rest)
 

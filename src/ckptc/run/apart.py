@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from types import TracebackType
 from typing import Any
 
 from ckptc.diagnostics import fail
@@ -26,30 +27,54 @@ def can_fork() -> bool:
     return hasattr(os, "fork") and not any(name in sys.modules for name in THREADED)
 
 
-def apart(make: Callable[[], Any]) -> Any:
-    """What `make` returns, JSON values, made in a forked process, or in this one where it cannot be forked.
-
-    Raises the InputError that `make` raised, RuntimeError with the text of another failure, or `worker-died`.
+class Apart:
+    """What `make` returns, JSON values, made in a forked process meanwhile, or in this one, when it is asked for, where
+    it cannot be forked. A context manager: leaving it ends the process.
     """
-    if not can_fork():
-        return make()
-    context = mp.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(make, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        said = json.loads(ours.recv_bytes())
-    except EOFError:
-        process.join()
-        help = "where memory ran out, end other programs"
-        raise fail("worker-died", f"a process was killed (exit code {process.exitcode})", help=help) from None
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    raise_told(said)
-    return said["made"]
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._pipe: Connection | None = None
+        if not can_fork():
+            return
+        context = mp.get_context("fork")
+        self._pipe, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_child, args=(make, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def result(self) -> Any:
+        """What was made; may be asked for once.
+
+        Raises the InputError that `make` raised, RuntimeError with the text of another failure, or `worker-died`.
+        """
+        if self._pipe is None:
+            return self._make()
+        try:
+            said = json.loads(self._pipe.recv_bytes())
+        except EOFError:
+            self._process.join()
+            cause, help = f"exit code {self._process.exitcode}", "where memory ran out, end other programs"
+            raise fail("worker-died", f"a process was killed ({cause})", help=help) from None
+        raise_told(said)
+        return said["made"]
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pipe is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+
+
+def apart(make: Callable[[], Any]) -> Any:
+    """What `make` returns, made in a process apart as `Apart` does it, and waited for."""
+    with Apart(make) as work:
+        return work.result()
 
 
 def _child(make: Callable[[], Any], pipe: Connection) -> None:

@@ -70,6 +70,7 @@ class Exporter:
         self.kernel = Kernel()
         self._held = np.empty(0, dtype=np.uint8)  # boxes of stored arrays
         self._made = [np.empty(0, dtype=np.uint8)] * 2  # pieces of tensors: one is made while the other is written
+        self._turn = 0  # which of them the next piece is made in
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._places = outputs.places()
@@ -80,19 +81,18 @@ class Exporter:
         return self._held.nbytes + sum(made.nbytes for made in self._made)
 
     def make(self, unit: Unit) -> int:
-        """Writes a unit; returns how many bytes that were."""
+        """Writes a unit; returns how many bytes that were. The last of them may be written, or fail to be, only when the
+        next unit is made, or the exporter is left.
+        """
         batch, box = self.outputs.batches[unit.batch], unit.box
         tensors = [self.outputs.tensors[n] for n in batch]
         kind = self.outputs.kinds[tensors[0].kind]
         written = 0
-        try:
-            for number, piece, values in self._boxes(tensors, kind, box):
-                file, begin = self._places[batch[number]]
-                self._settle()
-                self._pending = self._thread.submit(self.writer.write_box, file, begin, kind.shape, piece, values)
-                written += values.nbytes
-        finally:
+        for number, piece, values in self._boxes(tensors, kind, box):
+            file, begin = self._places[batch[number]]
             self._settle()
+            self._pending = self._thread.submit(self.writer.write_box, file, begin, kind.shape, piece, values)
+            written += values.nbytes
         return written
 
     def _settle(self) -> None:
@@ -107,7 +107,11 @@ class Exporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown()
+        try:
+            if error is None:
+                self._settle()
+        finally:
+            self._thread.shutdown()
 
     def _boxes(self, tensors: Sequence[Exported], kind: Kind, box: Box) -> Iterator[tuple[int, Box, Values]]:
         """The same box of each of some tensors of a kind, in pieces: the tensor's position, the piece, its values. What
@@ -126,7 +130,6 @@ class Exporter:
             used += sizes[s]
             room = self._held.nbytes + made_bytes(kind, box)
             self._read(tensors[0].arrays[s], source, r, held[s].reshape(r.shape), room)
-        turn = 0
         for piece in pieces(box, item):
             shape = tuple(high - low for low, high in piece)
             copies = [
@@ -135,6 +138,7 @@ class Exporter:
                 for inside in restrict_part(part, piece)
             ]
             for number, tensor in enumerate(tensors):
+                turn, self._turn = self._turn, 1 - self._turn
                 self._made[turn] = made = _grown(self._made[turn], prod(shape) * item)
                 flat = made[: prod(shape) * item].view(numpy_dtype(kind.dtype))
                 for copy in copies:
@@ -142,7 +146,6 @@ class Exporter:
                     start = place_in(copy.base + tensor.begins[s], kind.sources[s].shape, regions[s])
                     self.kernel.copy(held[s], start, flat, copy.at, copy.loops, copy.conversion)
                 yield number, piece, flat.reshape(shape)
-                turn = 1 - turn
 
     def _read(self, tensor: int, stored: Stored, region: Region, out: Values, used: int) -> None:
         path = tuple(self.plan.tensors[tensor].name.split("/"))
