@@ -144,6 +144,13 @@ def test_runs_at_the_target_do_not_outgrow_the_first_cache() -> None:
         assert at_target >= kernel.TARGET_RUN >= lines, row
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_is_not_transposed_is_done_in_blocks_as_large_as_may_be(step: int) -> None:
+    assert block_extents([Loop(1 << 24, step, 1)], kernel.BLOCK) == [kernel.BLOCK]
+    rows = [Loop(4096, 8192, 4096), Loop(4096, step, 1)]
+    assert prod(block_extents(rows, kernel.BLOCK)) == kernel.BLOCK
+
+
 def test_walks_out_of_bounds_are_refused() -> None:
     source, target = np.zeros(8, np.uint16), np.zeros(8, np.uint16)
     move = Conversion("uint16", "uint16")

@@ -182,8 +182,10 @@ def block_extents(loops: list[Loop], most: int) -> list[int]:
     by_target = sorted(range(len(loops)), key=lambda i: loops[i].target)
     grow(by_source, SOURCE_RUN)
     grow(by_target, TARGET_RUN)
-    # What is left goes to longer runs at the target, while the lines of scratch that one of them takes an element each from
-    # stay in the first cache for the next one: a third more lines make it half as fast.
-    row = extents[by_source[0]] if by_source else 1
-    grow(by_target, min(most, TARGET_RUN * max(1, LINE // row)))
+    longest = most  # what is left goes to longer runs at the target
+    if by_source[:1] != by_target[:1]:
+        # Of a transposition, a run takes an element each from many lines of scratch, which are to stay in the first
+        # cache for the next run: with a third more lines it is half as fast.
+        longest = TARGET_RUN * max(1, LINE // extents[by_source[0]])
+    grow(by_target, longest)
     return extents
