@@ -102,7 +102,7 @@ def evaluate(plan: Plan, source: Path, numbers: Iterable[int] | None = None) -> 
 
     files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
     with RangeReader(source, files) as reader:
-        worker = Worker(plan, reader, sink)
+        worker = Worker(plan, reader, sink, lambda: None)
         for number in wanted:
             for box in plan.arrays[number].units():
                 worker.make(number, box)

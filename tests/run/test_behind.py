@@ -39,31 +39,62 @@ class Slow:
         return Entry(f"{array}/{index}", len(self.written), data.nbytes)
 
 
-def put_all(writer: Any, size: int, chunks: int = 6) -> tuple[list[Entry], int]:
-    """Chunks made in two buffers by turns, as the worker does."""
+Done = list[tuple[int, int, list[Entry], int]]
+
+
+def put_all(writer: Any, size: int, chunks: int = 6) -> Done:
+    """Units of three chunks, made in two buffers by turns, as the worker does."""
     buffers = [np.zeros(size, np.uint8), np.zeros(size, np.uint8)]
-    with WriteBehind(PLAN, writer) as sink:
+    done: Done = []
+    with WriteBehind(PLAN, writer, lambda *unit: done.append(unit)) as sink:
         for k in range(chunks):
             buffers[k % 2][:] = k
             sink.put(0, CHUNK, buffers[k % 2])
-        taken = sink.take()
+            if k % 3 == 2:
+                sink.end(k // 3, 0)
+        sink.settle()
         for buffer in buffers:
-            buffer[:] = 255  # the next unit's
-        return taken
+            buffer[:] = 255  # somebody else's now
+    return done
 
 
 @pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
 def test_every_chunk_is_written_before_its_buffer_is_used_again(size: int) -> None:
     writer = Slow()
-    entries, total = put_all(writer, size)
+    done = put_all(writer, size)
     assert [set(x) for x in writer.written] == [{k} for k in range(6)]
-    assert [e.offset for e in entries] == [1, 2, 3, 4, 5, 6] and total > 0
+    assert [[e.offset for e in entries] for _, _, entries, _ in done] == [[1, 2, 3], [4, 5, 6]]
+    assert [unit for unit, *_ in done] == [0, 1] and done[0][3] != done[1][3]
     assert (threading.get_ident() in writer.threads) == (size < behind.LEAST)
 
 
 def test_what_writing_fails_with_is_raised_where_chunks_are_put() -> None:
     with pytest.raises(OSError, match="full"):
         put_all(Slow(OSError(errno.ENOSPC, "full")), behind.LEAST)
+
+
+@pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
+def test_a_unit_is_done_when_its_last_chunk_is_written_and_not_before(size: int) -> None:
+    writer, done = Slow(), list[int]()
+    with WriteBehind(PLAN, writer, lambda unit, *_: done.append(len(writer.written))) as sink:
+        for unit in range(3):
+            for _ in range(2):
+                sink.put(0, CHUNK, np.zeros(size, np.uint8))
+            sink.end(unit, 0)
+        assert done == ([2, 4, 6] if size < behind.LEAST else [2, 4])  # the last chunk is still being written
+    assert done == [2, 4, 6]
+
+
+def test_a_unit_that_is_done_is_kept_when_the_next_one_fails() -> None:
+    done = []
+    with (
+        pytest.raises(ValueError, match="cannot be read"),
+        WriteBehind(PLAN, Slow(), lambda *u: done.append(u)) as sink,
+    ):
+        sink.put(0, CHUNK, np.zeros(behind.LEAST, np.uint8))
+        sink.end(7, 0)
+        raise ValueError("the next unit cannot be read")
+    assert [unit for unit, *_ in done] == [7]
 
 
 def test_a_run_that_writes_every_chunk_behind_makes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def run(plan: Plan, directory: Path) -> Ran:
         ran.arrays[number][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = chunk
 
     with Recording(directory, [SourceFile(f.name, f.size, f.header) for f in plan.files]) as reader:
-        worker = Worker(plan, reader, sink)
+        worker = Worker(plan, reader, sink, lambda: None)
         for number, array in enumerate(plan.arrays):
             made = sum(worker.make(number, box) for box in array.units())
             assert made == array.nbytes

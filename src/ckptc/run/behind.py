@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -18,38 +20,45 @@ from ckptc.run import checksum
 class WriteBehind:
     """A worker's sink: sums each chunk and writes it, large ones from a thread, one at a time. Not for several threads.
 
-    A chunk is read until the next one is put, or until `take` returns. Both raise what writing failed with.
+    A chunk is read until the next one is put, or until `settle` returns. `done` is called with each unit that was ended
+    once all of it is written: its number, its array, its chunks' entries and their sum. `put`, `end` and `settle` raise
+    what writing failed with, and what `done` raises.
     """
 
-    def __init__(self, plan: Plan, writer: ItemsWriter) -> None:
-        self._writer = writer
+    def __init__(self, plan: Plan, writer: ItemsWriter, done: Callable[[int, int, list[Entry], int], None]) -> None:
+        self._writer, self._done = writer, done
         self._grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self._summer = checksum.Summer()
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[Entry] | None = None
+        self._ended: tuple[int, int] | None = None  # a unit, and its array, whose last chunk may still be written
         self._entries: list[Entry] = []
         self._sum = 0
 
     def put(self, array: int, index: tuple[int, ...], chunk: npt.NDArray[Any]) -> None:
-        self._sum += self._summer.chunk(checksum.cell_of(index, self._grids[array]), chunk)
-        self._settle()
+        part = self._summer.chunk(checksum.cell_of(index, self._grids[array]), chunk)
+        self.settle()
+        self._sum += part
         if chunk.nbytes < LEAST:  # handing it over costs more than the page cache takes
             self._entries.append(self._writer.write_chunk(array, index, chunk))
         else:
             self._pending = self._thread.submit(self._writer.write_chunk, array, index, chunk)
 
-    def _settle(self) -> None:
-        """Waits for the chunk that is being written."""
+    def end(self, unit: int, array: int) -> None:
+        """All chunks of a unit have been put. The next unit is begun while the last of them is written."""
+        self._ended = unit, array
+        if self._pending is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits until all that was put is written."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._entries.append(pending.result())
-
-    def take(self) -> tuple[list[Entry], int]:
-        """What has been written since the last call, and the sum of its chunks."""
-        self._settle()
-        taken = self._entries, self._sum
-        self._entries, self._sum = [], 0
-        return taken
+        if self._ended is not None:
+            ended, entries, total = self._ended, self._entries, self._sum
+            self._ended, self._entries, self._sum = None, [], 0
+            self._done(*ended, entries, total)
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -58,3 +67,8 @@ class WriteBehind:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown()  # what is being written is finished: the file is closed next
+        if error is None:
+            self.settle()
+        elif self._ended is not None:  # what is done is kept, if that is possible; the error is what is said
+            with suppress(OSError, RuntimeError):
+                self.settle()

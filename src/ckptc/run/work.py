@@ -129,13 +129,13 @@ class Work:
         with (
             RangeReader(self.directory, self.files) as reader,
             Journal(self.unfinished, number, writer) as journal,
-            WriteBehind(self.plan, writer) as behind,
+            WriteBehind(self.plan, writer, journal.add) as behind,
         ):
-            worker = Worker(self.plan, reader, behind.put)
+            worker = Worker(self.plan, reader, behind.put, behind.settle)
             while (position := self.shared.take()) < len(self.todo):
                 unit = self.units[self.todo[position]]
                 written += worker.make(unit.array, unit.box)
-                journal.add(self.todo[position], unit.array, *behind.take())
+                behind.end(self.todo[position], unit.array)
                 self.shared.note(k, position, written, reader.bytes_read)
                 tick()
         if not self.shared.stopped:

@@ -40,23 +40,28 @@ class Local:
 class Worker:
     """Makes units of one plan. Not for several threads.
 
-    `sink` may go on reading a chunk until it, or `make`, is called again.
+    `sink` may go on reading a chunk until it is called again, or until `settle` returns.
     """
 
-    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink) -> None:
-        self.plan, self.reader, self.sink = plan, reader, sink
+    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink, settle: Callable[[], None]) -> None:
+        self.plan, self.reader, self.sink, self.settle = plan, reader, sink, settle
         self.kernel, self.decoder = Kernel(), Decoder()
         self._held = np.empty(0, dtype=np.uint8)  # what a unit's parts need: read and decoded
+        self._lent = False  # whether the sink may still read a chunk there
         self._chunks = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
+        self._turn = 0
 
     def make(self, number: int, box: Box) -> int:
         """Reads, makes and hands over all chunks of the unit `box` of array `number`. Returns the bytes made."""
         array = self.plan.arrays[number]
         inside = [p for part in array.parts for p in restrict_part(part, box)]
+        if self._lent:
+            self.settle()
+            self._lent = False
         local = self._load(array, inside)
         made = 0
-        for turn, (index, within) in enumerate(chunks(array, box)):
-            chunk = self._make_chunk(array, local, within, turn % 2)
+        for index, within in chunks(array, box):
+            chunk = self._make_chunk(array, local, within)
             self.sink(number, index, chunk)
             made += chunk.nbytes
         return made
@@ -102,12 +107,15 @@ class Worker:
         self.decoder.decode(rows, source.dtype, codes, scales, places_in(needed.scales, rows.scale_rows()), decoded)
         return decoded
 
-    def _make_chunk(self, array: Array, local: list[Local], within: Box, turn: int) -> npt.NDArray[Any]:
+    def _make_chunk(self, array: Array, local: list[Local], within: Box) -> npt.NDArray[Any]:
         shape = tuple(high - low for low, high in within)
         found = [(x, p) for x in local for p in restrict_part(x.part, within)]
         if len(found) == 1 and (direct := _direct(found[0][0], found[0][1], array, shape)) is not None:
+            self._lent = True
             return direct
+        self._lent = False
         size = prod(shape) * itemsize(array.dtype)
+        turn = self._turn = 1 - self._turn
         self._chunks[turn] = _grown(self._chunks[turn], size)
         flat = self._chunks[turn][:size].view(numpy_dtype(array.dtype))
         for x, part in found:
