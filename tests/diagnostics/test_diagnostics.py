@@ -41,7 +41,7 @@ CASES = sorted(p.name for p in HERE.iterdir() if p.is_dir() and p.name != "__pyc
 COMPILE = "compile --mapping mapping.yaml --model tiny --source checkpoint"
 # Of the machine or of another process, and one whose text has times of files in it.
 FAULTS = {
-    "connection-lost", "linked-changed", "out-of-memory", "output-not-shared", "plans-differ", "port-in-use",
+    "connection-lost", "linked-changed", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
     "process-failed", "processes-missing", "worker-died",
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from ckptc.io import compression, orbax, zarr3
 from ckptc.io.compression import Encoder, codecs
 from ckptc.io.orbax import ItemsWriter
 from ckptc.io.orbax_metadata import ArraySpec
+from ckptc.io.place import Directory
 from restoring import v1_load
 
 COMPRESSIONS = ("zstd:3", "zstd:22", "blosc-lz4")
@@ -97,7 +98,7 @@ def put(writer: ItemsWriter, array: int, index: tuple[int, ...]) -> orbax.Entry:
 
 
 def finished(directory: Path, name: str) -> Path:
-    orbax.finish(directory, specs(name), custom_metadata={})
+    orbax.finish(Directory(directory), specs(name), custom_metadata={}, final="0")
     return directory
 
 
@@ -114,7 +115,7 @@ def assert_restored(directory: Path) -> None:
 @pytest.mark.parametrize("name", COMPRESSIONS)
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_orbax_restores_compressed_arrays(tmp_path: Path, name: str) -> None:
-    writer = ItemsWriter(tmp_path, specs(name))
+    writer = ItemsWriter(Directory(tmp_path), specs(name))
     entries = [put(writer, *where) for where in INDICES]
     writer.close()
     assert_restored(finished(tmp_path, name))
@@ -124,7 +125,7 @@ def test_orbax_restores_compressed_arrays(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_threads_compress_at_the_same_time(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, specs("zstd:3"))
+    writer = ItemsWriter(Directory(tmp_path), specs("zstd:3"))
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda where: put(writer, *where), INDICES))
     writer.close()
@@ -133,12 +134,12 @@ def test_threads_compress_at_the_same_time(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_new_writer_goes_on_after_compressed_chunks(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, specs("blosc-lz4"))
+    writer = ItemsWriter(Directory(tmp_path), specs("blosc-lz4"))
     for where in INDICES[:4]:
         put(writer, *where)
     state = writer.state()
     put(writer, *INDICES[4])  # and is cut off: no journal records it
-    again = ItemsWriter(tmp_path, specs("blosc-lz4"), resume=state)
+    again = ItemsWriter(Directory(tmp_path), specs("blosc-lz4"), resume=state)
     for where in INDICES[4:]:
         put(again, *where)
     again.close()
@@ -146,7 +147,7 @@ def test_a_new_writer_goes_on_after_compressed_chunks(tmp_path: Path) -> None:
 
 
 def test_chunks_of_another_compression_are_an_error(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, specs("blosc-lz4"))
+    writer = ItemsWriter(Directory(tmp_path), specs("blosc-lz4"))
     for where in INDICES:
         put(writer, *where)
     writer.close()

@@ -27,6 +27,7 @@ from ckptc.diagnostics import InputError
 from ckptc.io import orbax, zarr3
 from ckptc.io.orbax import ItemsWriter, WriterState
 from ckptc.io.orbax_metadata import AXIS, ArraySpec, sharding_metadata
+from ckptc.io.place import Directory
 from restoring import v1_load, with_devices
 
 BEFORE_0_12 = tuple(map(int, version("orbax-checkpoint").split(".")[:2])) < (0, 12)
@@ -68,19 +69,20 @@ def write(writer: ItemsWriter, chunks: Iterable[tuple[int, tuple[int, ...]]]) ->
 
 def write_all(directory: Path, processes: int = 1) -> None:
     for process in range(processes):
-        writer = ItemsWriter(directory, ARRAYS, process=process)
+        writer = ItemsWriter(Directory(directory), ARRAYS, process=process)
         write(writer, cells()[process::processes])
         writer.close()
 
 
-def finish(directory: Path, **options: Any) -> None:
-    orbax.finish(directory, ARRAYS, custom_metadata={"scan_layers": True}, **options)
+def finish(directory: Path, final: Path | None = None, **options: Any) -> None:
+    metadata, final = {"scan_layers": True}, final or directory
+    orbax.finish(Directory(directory), ARRAYS, custom_metadata=metadata, final=str(final), **options)
 
 
 def checkpoint(out: Path, processes: int = 1, **options: Any) -> Path:
     partial = out / "0.unfinished"
     write_all(partial, processes)
-    finish(partial, processes=processes, final=out / "0", **options)
+    finish(partial, out / "0", **options)
     orbax.commit(partial, out / "0")
     return out / "0"
 
@@ -339,17 +341,17 @@ def test_chunks_of_several_processes_are_merged_by_reference(tmp_path: Path) -> 
 
 
 def test_a_process_may_have_nothing_to_write(tmp_path: Path) -> None:
-    idle = ItemsWriter(tmp_path, ARRAYS, process=1)
+    idle = ItemsWriter(Directory(tmp_path), ARRAYS, process=1)
     idle.close()
     write_all(tmp_path)
-    finish(tmp_path, processes=2)
+    finish(tmp_path)
     assert not (tmp_path / "items/ocdbt.process_1").exists()
     assert_restored(standard(tmp_path))
 
 
 def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
     arrays = [ArraySpec(("params", "w"), (5000,), "int16", (1,), (1,))]
-    writer = ItemsWriter(tmp_path, arrays)
+    writer = ItemsWriter(Directory(tmp_path), arrays)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # so that threads meet inside `write_chunk`
     try:
@@ -357,24 +359,24 @@ def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
             entries = list(pool.map(lambda i: writer.write_chunk(0, (i,), np.array([i], np.int16)), range(5000)))
     finally:
         sys.setswitchinterval(interval)
-    assert sorted(offset for _, offset, _ in entries) == list(range(0, 10_000, 2))
+    assert sorted(offset for _, offset, *_ in entries) == list(range(0, 10_000, 2))
     writer.close()
-    orbax.finish(tmp_path, arrays, custom_metadata={})
+    orbax.finish(Directory(tmp_path), arrays, custom_metadata={}, final="0")
     assert np.array_equal(standard(tmp_path)["params"]["w"], np.arange(5000))
 
 
 def test_a_new_writer_goes_on_where_an_interrupted_one_was(tmp_path: Path) -> None:
-    first = ItemsWriter(tmp_path, ARRAYS)
+    first = ItemsWriter(Directory(tmp_path), ARRAYS)
     write(first, cells()[:40])
     first.sync()
     state = first.state()
     write(first, cells()[40:50])  # written, but not recorded
     recorded = json.loads(json.dumps(state.entries))
-    state = WriterState(state.file, tuple(orbax.Entry(*entry) for entry in recorded))
+    state = WriterState(state.files, tuple(orbax.Entry(*entry) for entry in recorded))
 
-    second = ItemsWriter(tmp_path, ARRAYS, resume=state)
-    size = (tmp_path / "items/ocdbt.process_0/d" / state.file).stat().st_size
-    assert size == max(offset + length for _, offset, length in state.entries)
+    second = ItemsWriter(Directory(tmp_path), ARRAYS, resume=state)
+    size = (tmp_path / "items/ocdbt.process_0/d" / state.files[0]).stat().st_size
+    assert size == max(offset + length for _, offset, length, _ in state.entries)
     with pytest.raises(RuntimeError, match="is written already"):
         second.write_chunk(0, (0, 0), part(0, (0, 0)))
     write(second, cells()[40:])
@@ -384,7 +386,7 @@ def test_a_new_writer_goes_on_where_an_interrupted_one_was(tmp_path: Path) -> No
 
 
 def test_a_chunk_that_the_disk_refused_can_be_written_again(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
+    writer = ItemsWriter(Directory(tmp_path), ARRAYS)
     write(writer, cells()[:3])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (960 * 3 + 100, limits[1]))  # the first 100 bytes are still taken
@@ -401,26 +403,26 @@ def test_a_chunk_that_the_disk_refused_can_be_written_again(tmp_path: Path) -> N
 
 
 def test_entries_say_where_each_chunk_is(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
+    writer = ItemsWriter(Directory(tmp_path), ARRAYS)
     returned = [writer.write_chunk(array, index, part(array, index)) for array, index in reversed(cells())]
     assert list(writer.entries()) == returned[::-1]
     writer.close()
-    data = (tmp_path / "items/ocdbt.process_0/d" / writer.file).read_bytes()
-    key, offset, length = returned[-1]
+    data = (tmp_path / "items/ocdbt.process_0/d" / writer.data.files[0]).read_bytes()
+    key, offset, length, _ = returned[-1]
     assert key == "params.params.token_embedder.embedding/c/0/0"
     assert data[offset : offset + length] == VALUES[0][:10].tobytes()
 
 
 def test_a_data_file_shorter_than_recorded_is_refused(tmp_path: Path) -> None:
-    first = ItemsWriter(tmp_path, ARRAYS)
+    first = ItemsWriter(Directory(tmp_path), ARRAYS)
     write(first, cells()[:5])
-    os.truncate(tmp_path / "items/ocdbt.process_0/d" / first.file, 960 * 5 - 1)
+    os.truncate(tmp_path / "items/ocdbt.process_0/d" / first.data.files[0], 960 * 5 - 1)
     with pytest.raises(RuntimeError, match="has 4799 bytes, the chunks recorded in it end at 4800"):
-        ItemsWriter(tmp_path, ARRAYS, resume=first.state())
+        ItemsWriter(Directory(tmp_path), ARRAYS, resume=first.state())
 
 
 def test_a_writer_that_does_not_resume_begins_anew(tmp_path: Path) -> None:
-    write(ItemsWriter(tmp_path, ARRAYS), cells()[:5])
+    write(ItemsWriter(Directory(tmp_path), ARRAYS), cells()[:5])
     write_all(tmp_path)
     finish(tmp_path)
     finish(tmp_path)  # as after an interruption
@@ -430,7 +432,7 @@ def test_a_writer_that_does_not_resume_begins_anew(tmp_path: Path) -> None:
 
 
 def test_a_missing_chunk_is_an_error(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
+    writer = ItemsWriter(Directory(tmp_path), ARRAYS)
     write(writer, [c for c in cells() if c not in [(1, (1, 3, 0)), (3, (2,))]])
     writer.close()
     message = r"2 chunks were not written, the first is params\.params\.decoder\.layers\.mlp\.kernel/c/1/3/0"
@@ -441,23 +443,24 @@ def test_a_missing_chunk_is_an_error(tmp_path: Path) -> None:
 
 def test_a_chunk_of_two_processes_is_an_error(tmp_path: Path) -> None:
     write_all(tmp_path)
-    second = ItemsWriter(tmp_path, ARRAYS, process=1)
+    second = ItemsWriter(Directory(tmp_path), ARRAYS, process=1)
     write(second, [(3, (2,))])
     second.close()
     with pytest.raises(
         RuntimeError, match=r"ocdbt\.process_1: params\.params\.decoder\.layers\.ids/c/2 is there twice"
     ):
-        finish(tmp_path, processes=2)
-
-
-def test_a_process_that_took_no_part_is_an_error(tmp_path: Path) -> None:
-    write_all(tmp_path, processes=2)
-    with pytest.raises(RuntimeError, match=r"ocdbt\.process_1 is there, but only 1 processes took part"):
         finish(tmp_path)
 
 
+def test_a_process_that_took_no_part_is_an_error(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    ItemsWriter(Directory(tmp_path), ARRAYS, process=1)
+    with pytest.raises(RuntimeError, match=r"ocdbt\.process_1 is there, but took no part"):
+        finish(tmp_path, writers=[0])
+
+
 def test_an_open_writer_is_an_error(tmp_path: Path) -> None:
-    write(ItemsWriter(tmp_path, ARRAYS), cells())
+    write(ItemsWriter(Directory(tmp_path), ARRAYS), cells())
     with pytest.raises(RuntimeError, match=r"the writer of ocdbt\.process_0 was not closed"):
         finish(tmp_path)
 
@@ -466,26 +469,26 @@ def test_other_arrays_than_those_written_are_an_error(tmp_path: Path) -> None:
     write_all(tmp_path)
     other = ArraySpec(ARRAYS[0].path, (160, 48), "float16", (10, 48), (16, 1))
     with pytest.raises(RuntimeError, match=r"params\.params\.token_embedder\.embedding/zarr\.json is not that"):
-        orbax.finish(tmp_path, [other, *ARRAYS[1:]], custom_metadata={})
+        orbax.finish(Directory(tmp_path), [other, *ARRAYS[1:]], custom_metadata={}, final="0")
     with pytest.raises(RuntimeError, match="ids"):
-        orbax.finish(tmp_path, ARRAYS[:3] + ARRAYS[4:], custom_metadata={})
+        orbax.finish(Directory(tmp_path), ARRAYS[:3] + ARRAYS[4:], custom_metadata={}, final="0")
 
 
 def test_a_data_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
+    writer = ItemsWriter(Directory(tmp_path), ARRAYS)
     write(writer, cells())
     writer.close()
-    data = tmp_path / "items/ocdbt.process_0/d" / writer.file
+    data = tmp_path / "items/ocdbt.process_0/d" / writer.data.files[0]
     os.truncate(data, data.stat().st_size - 1)
-    with pytest.raises(RuntimeError, match="ends beyond"):
+    with pytest.raises(RuntimeError, match="is not there, or ends before the"):
         finish(tmp_path)
 
 
 def test_an_index_that_was_changed_is_an_error(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
+    writer = ItemsWriter(Directory(tmp_path), ARRAYS)
     write(writer, cells())
     writer.close()
-    (index,) = (p for p in (tmp_path / "items/ocdbt.process_0/d").iterdir() if p.name != writer.file)
+    (index,) = (p for p in (tmp_path / "items/ocdbt.process_0/d").iterdir() if p.name != writer.data.files[0])
     content = bytearray(index.read_bytes())
     content[100] ^= 1
     index.write_bytes(content)
@@ -494,7 +497,7 @@ def test_an_index_that_was_changed_is_an_error(tmp_path: Path) -> None:
 
 
 def test_data_that_is_not_a_chunk_is_refused_and_leaves_the_chunk_to_be_written(tmp_path: Path) -> None:
-    writer = ItemsWriter(tmp_path, ARRAYS)
+    writer = ItemsWriter(Directory(tmp_path), ARRAYS)
     with pytest.raises(ValueError, match=r"chunk \(0, 0\) of params.*has 960 bytes, not 959"):
         writer.write_chunk(0, (0, 0), memoryview(bytes(959)))
     with pytest.raises(ValueError, match="outside the grid"):
@@ -510,16 +513,16 @@ def test_data_that_is_not_a_chunk_is_refused_and_leaves_the_chunk_to_be_written(
 @pytest.mark.parametrize("path", [(), ("step",), ("opt_state", "x"), ("a", ""), ("a/b",)])
 def test_paths_that_the_tree_cannot_have_are_refused(tmp_path: Path, path: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="cannot be the"):
-        ItemsWriter(tmp_path, [ArraySpec(path, (1,), "int8", (1,), (1,))])
+        ItemsWriter(Directory(tmp_path), [ArraySpec(path, (1,), "int8", (1,), (1,))])
 
 
 def test_arrays_without_elements_are_restored(tmp_path: Path) -> None:
     arrays = [ArraySpec(("params", "none"), (0, 4), "float32", (1, 4), (1, 1)), ARRAYS[0]]
-    writer = ItemsWriter(tmp_path, arrays)
+    writer = ItemsWriter(Directory(tmp_path), arrays)
     for _, index in cells(ARRAYS[:1]):
         writer.write_chunk(1, index, part(0, index))
     writer.close()
-    orbax.finish(tmp_path, arrays, custom_metadata={})
+    orbax.finish(Directory(tmp_path), arrays, custom_metadata={}, final="0")
     assert standard(tmp_path)["params"]["none"].shape == (0, 4)
 
 
@@ -538,11 +541,11 @@ def test_commit_refuses_to_replace_anything(tmp_path: Path) -> None:
 
 def test_indexes_of_many_chunks_have_several_nodes(tmp_path: Path) -> None:
     arrays = [ArraySpec(("params", f"w{i}"), (100, 100), "int8", (1, 1), (1, 1)) for i in range(3)]
-    writer = ItemsWriter(tmp_path, arrays)
+    writer = ItemsWriter(Directory(tmp_path), arrays)
     for array, index in cells(arrays):
         writer.write_chunk(array, index, memoryview(bytes([sum(index)])))
     writer.close()
-    orbax.finish(tmp_path, arrays, custom_metadata={})
+    orbax.finish(Directory(tmp_path), arrays, custom_metadata={}, final="0")
     base = ts.KvStore.open(f"file://{tmp_path}/items/").result()
     assert ts.ocdbt.dump(base).result()["versions"][-1]["root_height"] == 1
     expected = np.add.outer(np.arange(100), np.arange(100)).astype(np.int8)

@@ -225,7 +225,7 @@ def test_a_process_with_another_plan_is_refused(processes: Run, plan_file: Path,
 
 def test_an_output_that_is_not_shared_is_refused(processes: Run, plan_file: Path, tmp_path: Path) -> None:
     for process in range(2):
-        processes.start(plan_file, tmp_path / f"out{process}", process, 2, patch="distributed.SHOWN = 0.2")
+        processes.start(plan_file, tmp_path / f"out{process}", process, 2, patch="peers.SHOWN = 0.2")
     (_, _, first), (_, _, second) = processes.ended()
     assert first.startswith("error[process-failed]: process 1 of 2 has failed: output-not-shared")
     assert second.startswith("error[output-not-shared]: process 1 does not see")

@@ -33,7 +33,7 @@ def enter(output: Path, plan: str = PLAN, restart: bool = False) -> Unfinished:
 
 
 def writer(unfinished: Unfinished, process: int = 0) -> ItemsWriter:
-    return ItemsWriter(unfinished.checkpoint, [SPEC], process=process, resume=unfinished.writers.get(process))
+    return ItemsWriter(unfinished.place, [SPEC], process=process, resume=unfinished.writers.get(process))
 
 
 def work(unfinished: Unfinished, units: range, process: int = 0) -> ItemsWriter:
@@ -187,7 +187,7 @@ def test_what_is_done_is_found_again(output: Path) -> None:
     unfinished = enter(output)
     assert unfinished.done == {0, 1, 2}
     state = unfinished.writers[0]
-    assert state.file == data_file(output).name
+    assert state.files == (data_file(output).name,)
     assert state.entries == tuple(Entry(f"params.params.w/c/{i}", 8 * i, 8) for i in range(3))
     assert read_sums(unfinished) == {0: 3003}
 
@@ -294,11 +294,12 @@ def test_several_writers_are_found_and_their_sums_added(output: Path) -> None:
 class Recorder:
     """An `ItemsWriter` as far as a journal needs one; it remembers when it was asked to sync."""
 
-    file = "f" * 32
+    files = ("f" * 32,)
 
     def __init__(self, journal_file: Path) -> None:
         self.journal_file, self.lines_at_sync = journal_file, list[int]()
         self.broken: Exception | None = None
+        self.data = self  # its files
 
     def sync(self) -> None:
         self.lines_at_sync.append(self.journal_file.read_bytes().count(b"\n"))

@@ -84,7 +84,7 @@ def there(plan_file: Path, output: Path, *options: str, patch: str = "") -> subp
     script = f"""\
 import os, signal, time
 from ckptc.cli.main import main
-from ckptc.run import journal, pool, runner, work, worker
+from ckptc.run import journal, output, pool, runner, work, worker
 journal.SYNC_SECONDS = 0.0
 os.fsync = os.fdatasync = lambda descriptor: None
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background deaf to it
@@ -192,10 +192,10 @@ NEW = [
     "after(journal.Journal, 'flush')",
     "work.ItemsWriter.close = die",
     "after(work.ItemsWriter, 'close')",
-    "after(runner, 'commit')",
+    "after(journal, 'commit')",
 ]
-OLDER = ["runner.open_unfinished = die", "after(runner, 'open_unfinished')", "runner.finish = die"]
-OLDER += [f"after(runner, '{name}')" for name in ("finish", "replace", "commit")]
+OLDER = ["output.open_unfinished = die", "after(output, 'open_unfinished')", "runner.finish = die"]
+OLDER += ["after(runner, 'finish')", "after(journal, 'replace')", "after(journal, 'commit')"]
 
 
 @pytest.mark.parametrize("patch", NEW)
@@ -433,7 +433,7 @@ os.pwrite = full
     assert_whole(output, sums)
 
 
-@pytest.mark.parametrize("what", ["journal._Lines.__init__", "runner.finish", "runner.commit"])
+@pytest.mark.parametrize("what", ["journal._Lines.__init__", "runner.finish", "journal.commit"])
 def test_a_disk_that_fills_up_at_another_moment_says_so(plan: Plan, what: str, tmp_path: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

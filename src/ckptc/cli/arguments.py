@@ -6,6 +6,8 @@ import argparse
 import math
 import re
 
+from ckptc.diagnostics import fail
+
 MIB = 1 << 20
 _UNITS = {
     "": 1,
@@ -105,7 +107,12 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
 
 def execution(parser: argparse.ArgumentParser) -> None:
     """What a run needs besides a plan."""
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes: DIR/0/items")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR|gs://…",
+        help="where the checkpoint goes: DIR/0/items, or gs://BUCKET/PATH/0/items, with no copy on this machine",
+    )
     jobs(parser)
     parser.add_argument(
         "--restart",
@@ -128,6 +135,22 @@ def execution(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def refuse_urls(args: argparse.Namespace) -> None:
+    """`unsupported-url`, unless the only URL is where `run` or `convert` puts a checkpoint: any other would be taken for a
+    path."""
+    for name, value in vars(args).items():
+        if not isinstance(value, str) or not re.match("[a-z0-9]+://", value):
+            continue
+        if args.command not in ("run", "convert") or name != "output":
+            help = "give a local path; only the --output of `run` and `convert` may be gs://BUCKET/PATH"
+            raise fail("unsupported-url", f"{value} is a URL, and `{args.command}` has no use for it there", help=help)
+        if args.verify:
+            help = "leave out --verify; compare a copy of it in a directory: `ckptc verify PLAN --output DIR`"
+            raise fail(
+                "unsupported-url", f"{value} cannot be verified: checkpoints are read from directories", help=help
+            )
 
 
 def jobs(parser: argparse.ArgumentParser) -> None:

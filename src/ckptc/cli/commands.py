@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
             return
         if args.distributed or args.coordinator:
             raise fail("not-divided", "an export is the work of one process", help="leave out the options of several")
+    if "://" in args.output:
+        raise fail("unsupported-url", "an export is written to a directory", help="give one with --output")
     companions = Path(args.config_from) if args.config_from else None
     export.execute(plan, json.loads(text)["digest"], args, source, companions)
 
@@ -167,16 +169,15 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
             verified.append(verify.against_source(plan, step, source, args.mapping, on_progress))
 
         before_commit = check if args.verify else lambda step: None
-        report = run_plan(plan, digest, Path(args.output), source, on_progress, settings, before_commit, peers)
+        report = run_plan(plan, digest, args.output, source, on_progress, settings, before_commit, peers)
     record: dict[str, Any] = {
         **asdict(report),
         "model": plan.made.model,
         "arrays": plan.totals.arrays,
         "plan": digest,
         "verified": bool(verified),
-        "stored_bytes": sum(p.stat().st_size for p in Path(report.output).rglob("*") if p.is_file()),
     }
-    print(json.dumps(record) if args.json else render.report(plan, report, record["stored_bytes"]))
+    print(json.dumps(record) if args.json else render.report(plan, report))
     if verified and not args.json:
         print(verify.line(verified[0], "source"))
 

@@ -146,6 +146,7 @@ def run(argv: Sequence[str] | None = None) -> int:
                     value == ""
                 ):  # a variable of the shell that is not set; as a path it would be the directory one is in
                     top.error(f"argument {name.replace('_', '-')}: expected a value, not an empty one")
+            arguments.refuse_urls(args)
             code = _handler(args.command)(args)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends

@@ -314,10 +314,10 @@ def balance(balance: Balance) -> str:
     return f"{table(rows)}\ntimes as fast, as far as bytes decide, with processes: {scaling}"
 
 
-def report(plan: Plan, report: Report, stored: int) -> str:
-    """The line at the end of a run. `stored`: bytes of the checkpoint's files."""
+def report(plan: Plan, report: Report) -> str:
+    """The line at the end of a run."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
-    compressed = f" as {size(stored)}" if plan.choices.compression != "none" else ""
+    compressed = f" as {size(report.stored_bytes)}" if plan.choices.compression != "none" else ""
     linked = f", {size(report.linked_bytes)} linked" if report.linked_bytes else ""
     if report.process:
         return (

@@ -13,12 +13,14 @@
           manifest.ocdbt, d/<data>, d/<nodes>
         linked/<file>                source files that hold chunks as they are (`ckptc.io.links`)
 
-Each process appends its chunks to one data file through an `ItemsWriter`, in any order and from any thread; a
-chunk is then known by its key, offset and length. `close` writes the process's index. `finish` reads the
+Each process appends its chunks to a data file through an `ItemsWriter`, in any order and from any thread; a chunk is
+then known by its key, file, offset and length. In an object store, which has no files that grow, a process writes many
+(`ckptc.io.place` says what a checkpoint's place can do). `close` writes the process's index. `finish` reads the
 indexes of all processes back through TensorStore, proves that they hold every chunk exactly once, and writes
-the index over all of them and the metadata. `commit` makes the directory durable and names it.
+the index over all of them and the metadata, the markers of a finished checkpoint last. `commit` makes a local directory
+durable and names it.
 
-Memory: 10 bytes for each chunk of the checkpoint (18 where they are compressed), and one encoded index, about 13 bytes for each chunk.
+Memory: 12 bytes for each chunk of the checkpoint (20 where they are compressed), and one encoded index, about 13 bytes for each chunk.
 File names, JSON fields and their values are what orbax-checkpoint 0.12.8 writes for MaxText's train state.
 """
 
@@ -27,11 +29,11 @@ from __future__ import annotations
 import heapq
 import json
 import os
+import re
 import secrets
-import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,10 +42,10 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import fail
 from ckptc.io import ocdbt, zarr3
-from ckptc.io.bulk import BulkFile, place
 from ckptc.io.compression import NONE, Encoder
 from ckptc.io.links import LINKED, LinkedChunks
 from ckptc.io.orbax_metadata import ONE_DEVICE, ArraySpec, Mesh, array_metadatas, sharding_metadata, tree_metadata
+from ckptc.io.place import Place
 
 # Orbax lets nodes grow to 100 MB, and reads with a cache of 100 MB for all of them: a node near that size is
 # evicted and decoded again and again (650,000 keys, 200 random reads: 27 s; with nodes of 1 MiB, 0.05 s).
@@ -54,26 +56,27 @@ _BUSY = -2  # instead of the offset of a chunk that is being written
 
 
 class Entry(NamedTuple):
-    """A chunk in the data file of its process: what a journal records."""
+    """A chunk in a data file of its process: what a journal records."""
 
     key: str  # "<array name>/c/<index>/…"
     offset: int  # bytes from the start of the file
     length: int  # bytes
+    file: int = 0  # of the writer's files, as `WriterState` has them
 
 
 @dataclass(frozen=True, slots=True)
 class WriterState:
     """What an `ItemsWriter` has written. A new writer that is given it goes on from there."""
 
-    file: str  # the data file's name, 32 hex digits
+    files: tuple[str, ...]  # the data files' names, 32 hex digits each
     entries: tuple[Entry, ...]
 
 
 class ItemsWriter:
-    """One process's part of `<directory>/items`: a data file that grows chunk by chunk, and its index.
+    """One process's part of a checkpoint's `items`: data files that grow chunk by chunk, and their index.
 
-    `directory` is the unfinished checkpoint, what `commit` will rename. Without `resume`, what this process
-    left there before is deleted; with it, the data file is cut back to the end of the last recorded chunk.
+    `place`: that of the unfinished checkpoint. Without `resume`, what this process left there before is deleted; with
+    it, what lies behind the last recorded chunk is.
 
     Raises:
         ValueError: arrays that zarr or the tree cannot hold; `resume` records chunks that they do not have.
@@ -82,30 +85,22 @@ class ItemsWriter:
 
     def __init__(
         self,
-        directory: Path,
+        place: Place,
         arrays: Sequence[ArraySpec],
         *,
         process: int = 0,
         resume: WriterState | None = None,
     ) -> None:
         self._chunks = _chunks(arrays)
-        self._root = directory / "items" / f"ocdbt.process_{process}"
+        self._place, self._below = place, f"items/ocdbt.process_{process}/"
         self._lock = threading.Lock()
         self._thread = threading.local()  # each has an encoder
         self._closed = False
-        self._end = 0  # of the data file, bytes
-        for key, offset, length in resume.entries if resume else ():
-            self._chunks.add(key, offset, length, 0)
-            self._end = max(self._end, offset + length)
-        if resume is None:
-            shutil.rmtree(self._root, ignore_errors=True)
-        self.file = resume.file if resume else secrets.token_hex(16)
-        (self._root / "d").mkdir(parents=True, exist_ok=True)
-        self._data = BulkFile(self._root / "d" / self.file)
-        if (size := self._data.size) < self._end:
-            self._data.abandon()
-            raise RuntimeError(f"{self.file} has {size} bytes, the chunks recorded in it end at {self._end}")
-        self._data.truncate(self._end)
+        end = 0
+        for key, offset, length, file in resume.entries if resume else ():
+            self._chunks.add(key, offset, length, file)
+            end = max(end, offset + length)
+        self.data = place.data(self._below, resume.files if resume else (), end)
 
     def write_chunk(self, array: int, index: tuple[int, ...], data: memoryview | npt.NDArray[Any]) -> Entry:
         """Append a chunk, from any thread, and say where it is.
@@ -123,34 +118,31 @@ class ItemsWriter:
             if not hasattr(self._thread, "encoder"):
                 self._thread.encoder = Encoder()
             view = self._thread.encoder.encode(a.compression, view, a.itemsize)
-        length = view.nbytes
         with self._lock:
             if self._closed or offsets[cell] != zarr3.ABSENT:
                 raise RuntimeError("closed" if self._closed else f"{a.key(index)} is written already")
             offsets[cell] = _BUSY
-            offset = place(self._end, length)
-            self._end = offset + length
         try:
-            self._data.write(offset, view)
+            file, offset = self.data.append(view)
         except BaseException:
             offsets[cell] = zarr3.ABSENT
             raise
-        self._chunks.put(array, cell, offset, length)
-        return Entry(a.key(index), offset, length)
+        self._chunks.put(array, cell, offset, view.nbytes, file)
+        return Entry(a.key(index), offset, view.nbytes, file)
 
     def sync(self) -> None:
         """Make the chunks written so far durable: to be done before a journal records them."""
-        self._data.sync()
+        self.data.sync()
 
     def entries(self) -> Iterator[Entry]:
         """The chunks written so far, array by array, cell by cell."""
-        for key, offset, length in self._chunks.by_cell():
+        for key, offset, length, file in self._chunks.by_cell():
             if offset >= 0:
-                yield Entry(key, offset, length)
+                yield Entry(key, offset, length, file)
 
     def state(self) -> WriterState:
         """What a new writer needs to go on where this one is."""
-        return WriterState(self.file, tuple(self.entries()))
+        return WriterState(tuple(self.data.files), tuple(self.entries()))
 
     def close(self) -> None:
         """Make the data durable and write the index. A process that wrote no chunk leaves nothing behind."""
@@ -158,61 +150,60 @@ class ItemsWriter:
             if self._closed:
                 return
             self._closed = True
-        self._data.close()
-        if not self._end:
-            shutil.rmtree(self._root)
-            return
-        for stale in (self._root / "d").iterdir():  # an index that an interrupted `close` left
-            if stale.name != self.file:
-                stale.unlink()
-        file = ocdbt.DataFile(b"", f"d/{self.file}".encode())
-        _write_database(self._root, _entries(self._chunks, [file]))
+        if self.data.close():
+            files = [ocdbt.DataFile(b"", f"d/{name}".encode()) for name in self.data.files]
+            _write_database(self._place, self._below, _entries(self._chunks, files))
 
 
 def finish(
-    directory: Path,
+    place: Place,
     arrays: Sequence[ArraySpec],
     *,
     custom_metadata: Mapping[str, Any],
+    final: str,
     step: int = 0,
-    processes: int = 1,
-    final: Path | None = None,
+    writers: Collection[int] | None = None,
     mesh: Mesh = ONE_DEVICE,
     started: int | None = None,
     linked: Sequence[LinkedChunks] = (),
     linked_files: Sequence[str] = (),
 ) -> None:
-    """Join what `processes` closed writers left in `directory` into a checkpoint; only its name is missing.
+    """Join what closed writers left in `place` into a checkpoint. Of a local directory, only its name is missing then;
+    in an object store, the checkpoint is there with the last file that this writes.
 
-    `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory that commit markers
-    name, by default `directory`. `started`: when the conversion began, nanoseconds since the Unix epoch.
-    `mesh`: see `sharding_metadata`. `linked`: chunks that no process wrote; `linked_files`: the names below
-    `items/linked` of the files that they lie in. May be called again after it failed or was interrupted.
+    `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory or URL that commit markers name.
+    `writers`: the numbers of those that have written something, by default of all that are there. `mesh`: see
+    `sharding_metadata`. `started`: when the conversion began, nanoseconds since the Unix epoch. `linked`: chunks that no
+    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. May be called again after
+    it failed or was interrupted.
 
     Raises:
-        RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer.
+        RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer, or one that is not
+            among `writers`.
         ValueError: TensorStore cannot decode an index.
     """
-    chunks, items = _chunks(arrays), directory / "items"
+    chunks = _chunks(arrays)
     files: list[ocdbt.DataFile] = []
-    for path in sorted(items.glob("ocdbt.process_*")):
-        if int(path.name.rpartition("_")[2]) >= processes:
-            raise RuntimeError(f"{path.name} is there, but only {processes} processes took part")
-        _collect(path, chunks, files)
+    kept: set[str] = set()  # names of what holds chunks and their indexes
+    if writers is None:
+        found = (re.match("items/ocdbt[.]process_([0-9]+)/", name) for name in place.names("items/ocdbt.process_"))
+        writers = {int(match[1]) for match in found if match}
+    for number in sorted(writers):
+        kept |= _collect(place, number, chunks, files)
     first = len(files)
     files += [ocdbt.DataFile(f"{LINKED}/".encode(), name.encode()) for name in linked_files]
     for some in linked:
         chunks.place(some.array, some.cells, some.offsets, some.files + first)
-    missing = [key for key, offset, _ in chunks.by_cell() if offset < 0]
+    missing = [key for key, offset, _, _ in chunks.by_cell() if offset < 0]
     if missing:
         raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
 
-    shutil.rmtree(items / "d", ignore_errors=True)
+    place.supersede(kept)
     scalar = [  # the leaf `step`: Orbax stores it as an int64 without axes
         ocdbt.Entry(b"step/c", step.to_bytes(8, "little", signed=True)),
         ocdbt.Entry(b"step/zarr.json", zarr3.array_metadata((), "int64", ())),
     ]
-    _write_database(items, heapq.merge(_entries(chunks, files), scalar))
+    _write_database(place, "items/", heapq.merge(_entries(chunks, files), scalar))
 
     now = time.time_ns()
     checkpoint = {
@@ -223,18 +214,25 @@ def finish(
         "commit_timestamp_nsecs": now,
         "custom_metadata": dict(custom_metadata),
     }
-    final = final or directory
     sharding = sharding_metadata(arrays, mesh)
     texts = {
         "items/_METADATA": json.dumps(tree_metadata(arrays)),
         "items/_sharding": json.dumps(sharding, separators=(",", ":")),
         "items/array_metadatas/process_0": json.dumps(array_metadatas(arrays)),
-        "items/commit_success.txt": f"Checkpoint commit was successful to {final / 'items'}",
+        "items/commit_success.txt": f"Checkpoint commit was successful to {final}/items",
         "_CHECKPOINT_METADATA": json.dumps(checkpoint),
         "commit_success.txt": f"Checkpoint commit was successful to {final}",
     }
     for name, text in texts.items():
-        _write(directory / name, text.encode())
+        place.write(name, text.encode())
+
+
+def indexed_bytes(place: Place) -> int:
+    """Bytes of a checkpoint's chunks and of their index, as the index says itself."""
+    import tensorstore as ts
+
+    root = ts.ocdbt.dump(ts.KvStore.open(place.spec("items/")).result()).result()["versions"][-1]["root"]
+    return int(root["statistics"]["num_tree_bytes"]) + int(root["statistics"]["num_indirect_value_bytes"])
 
 
 def make_durable(directory: Path) -> None:
@@ -271,18 +269,23 @@ def _chunks(specs: Sequence[ArraySpec]) -> zarr3.Chunks:
     )
 
 
-def _collect(root: Path, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> None:
-    """Add to `chunks` and `files` what one process wrote, as TensorStore decodes it from the index."""
+def _collect(place: Place, number: int, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> set[str]:
+    """Add to `chunks` and `files` what one process wrote, as TensorStore decodes it from the index. Returns the names of
+    the files that hold it, the index included."""
     import tensorstore as ts  # here, since processes that only move bytes start without it
 
-    if not (root / "manifest.ocdbt").exists():
-        raise RuntimeError(f"the writer of {root.name} was not closed")
+    name = f"ocdbt.process_{number}"
+    root, kept = f"items/{name}/", {f"items/{name}/manifest.ocdbt"}
+    if not place.holds(f"{root}manifest.ocdbt", 1):
+        raise RuntimeError(f"the writer of {name} was not closed")
     metadata = {a.metadata_key: a.metadata for a in chunks.arrays}
-    known: dict[str, tuple[int, int]] = {}  # the process's files: number, bytes
-    store = ts.KvStore.open({"driver": "file", "path": f"{root}/"}).result()
+    known: dict[str, int] = {}  # the process's files, and their numbers
+    ends: dict[str, int] = {}  # where the last chunk of each ends
+    store = ts.KvStore.open(place.spec(root)).result()
     nodes = [(ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"], b"")]
     while nodes:
         location, prefix = nodes.pop()
+        kept.add(root + _located(location)[0])
         node = ts.ocdbt.dump(store, location).result()
         for entry in node["entries"]:
             if node["height"]:
@@ -291,20 +294,28 @@ def _collect(root: Path, chunks: zarr3.Chunks, files: list[ocdbt.DataFile]) -> N
             key = (prefix + entry["key"]).decode()
             if "inline_value" in entry:
                 if metadata.get(key) != entry["inline_value"]:
-                    raise RuntimeError(f"{root.name}: {key} is not that of the arrays to finish")
+                    raise RuntimeError(f"{name}: {key} is not that of the arrays to finish")
                 continue
-            # "value:<base>:<file>:<offset>:<length>", the base empty in a database of its own
-            file, offset, length = entry["indirect_value"].removeprefix("value::").rsplit(":", 2)
+            file, offset, length = _located(entry["indirect_value"])
             if file not in known:
-                known[file] = len(files), (root / file).stat().st_size
-                files.append(ocdbt.DataFile(f"{root.name}/".encode(), file.encode()))
-            number, size = known[file]
-            if int(offset) + int(length) > size:
-                raise RuntimeError(f"{root.name}: {key} ends beyond the {size} bytes of {file}")
+                known[file] = len(files)
+                files.append(ocdbt.DataFile(f"{name}/".encode(), file.encode()))
+            ends[file] = max(ends.get(file, 0), offset + length)
             try:
-                chunks.add(key, int(offset), int(length), number)
+                chunks.add(key, offset, length, known[file])
             except ValueError as error:
-                raise RuntimeError(f"{root.name}: {error}") from None
+                raise RuntimeError(f"{name}: {error}") from None
+    for file, end in ends.items():
+        if not place.holds(root + file, end):
+            raise RuntimeError(f"{name}: {file} is not there, or ends before the {end} bytes that it should hold")
+    return kept | {root + file for file in ends}
+
+
+def _located(place: str) -> tuple[str, int, int]:
+    """File, offset and length in TensorStore's "value:<base>:<file>:<offset>:<length>" or "btreenode:…", the base empty
+    in a database of its own."""
+    file, offset, length = place.rsplit(":", 2)
+    return file.split(":", 2)[2], int(offset), int(length)
 
 
 def _entries(chunks: zarr3.Chunks, files: Sequence[ocdbt.DataFile]) -> Iterator[ocdbt.Entry]:
@@ -316,20 +327,13 @@ def _entries(chunks: zarr3.Chunks, files: Sequence[ocdbt.DataFile]) -> Iterator[
             yield ocdbt.Entry(a.metadata_key.encode(), a.metadata)
 
 
-def _write_database(root: Path, entries: Iterable[ocdbt.Entry]) -> None:
+def _write_database(place: Place, below: str, entries: Iterable[ocdbt.Entry]) -> None:
     """Write the nodes and the manifest of an OCDBT database; its values are in place already."""
     nodes = f"d/{secrets.token_hex(16)}"
     tree = ocdbt.encode_tree(entries, ocdbt.DataFile(b"", nodes.encode()), max_node_bytes=NODE_BYTES)
-    _write(root / nodes, *tree.nodes)
+    place.write(below + nodes, *tree.nodes)
     config = ocdbt.Config(secrets.token_bytes(16))
-    _write(root / "manifest.ocdbt", ocdbt.encode_manifest(config, tree, time.time_ns()))
-
-
-def _write(path: Path, *parts: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.writelines(parts)
-    _sync(path)
+    place.write(f"{below}manifest.ocdbt", ocdbt.encode_manifest(config, tree, time.time_ns()))
 
 
 def _sync(path: Path) -> None:

@@ -187,8 +187,8 @@ class Array:
 class Chunks:
     """Where the chunks of a store's arrays are: of each array, by cell, an offset, a file's number and a length.
 
-    Offsets are in bytes; one below zero says that the chunk is nowhere. Memory: 10 bytes for each chunk, of arrays
-    that are compressed 18.
+    Offsets are in bytes; one below zero says that the chunk is nowhere. Memory: 12 bytes for each chunk, of arrays
+    that are compressed 20.
 
     Raises:
         ValueError: two arrays of one name.
@@ -197,7 +197,7 @@ class Chunks:
     def __init__(self, arrays: Iterable[Array]) -> None:
         self.arrays = tuple(arrays)
         self.offsets = [np.full(a.chunks, ABSENT, dtype=np.int64) for a in self.arrays]
-        self._files = [np.zeros(a.chunks, dtype=np.int16) for a in self.arrays]
+        self._files = [np.zeros(a.chunks, dtype=np.int32) for a in self.arrays]
         self._lengths = [np.zeros(a.chunks, dtype=np.int64) if a.compression != NONE else None for a in self.arrays]
         self._by_name = {a.name: i for i, a in enumerate(self.arrays)}
         if len(self._by_name) != len(self.arrays):
@@ -217,8 +217,7 @@ class Chunks:
         self.check_length(array, key, length)
         if self.offsets[array][cell] != ABSENT:
             raise ValueError(f"{key} is there twice")
-        self._files[array][cell] = file
-        self.put(array, cell, offset, length)
+        self.put(array, cell, offset, length, file)
 
     def place(self, array: int, cells: npt.NDArray[Any], offsets: npt.NDArray[Any], files: npt.NDArray[Any]) -> None:
         """Say where some of an array's chunks are: int64[n] each. ValueError when one of them is known."""
@@ -226,11 +225,12 @@ class Chunks:
             raise ValueError(f"a chunk of {self.arrays[array].name} is there twice")
         self.offsets[array][cells], self._files[array][cells] = offsets, files
 
-    def put(self, array: int, cell: int, offset: int, length: int) -> None:
-        """Say where a chunk of file 0 is, which nobody else writes."""
+    def put(self, array: int, cell: int, offset: int, length: int, file: int) -> None:
+        """Say where a chunk is that nobody else writes."""
         lengths = self._lengths[array]
         if lengths is not None:
             lengths[cell] = length
+        self._files[array][cell] = file
         self.offsets[array][cell] = offset
 
     def check_length(self, array: int, key: str, length: int) -> None:
@@ -245,10 +245,10 @@ class Chunks:
         stored = itertools.repeat(a.chunk_bytes, a.chunks) if lengths is None else lengths.tolist()
         return zip(a.keys(), self.offsets[array].tolist(), stored, self._files[array].tolist(), strict=True)
 
-    def by_cell(self) -> Iterator[tuple[str, int, int]]:
-        """Every chunk's key, offset and length, array by array, cell by cell."""
+    def by_cell(self) -> Iterator[tuple[str, int, int, int]]:
+        """Every chunk's key, offset, length and file, array by array, cell by cell."""
         for array in range(len(self.arrays)):
-            yield from ((key, offset, length) for key, offset, length, _ in self._columns(array))
+            yield from self._columns(array)
 
     def by_key(self) -> Iterator[tuple[Array, list[tuple[bytes, int, int, int]]]]:
         """The arrays in the order of their keys; of each, key, offset, length and file of the chunks there are."""

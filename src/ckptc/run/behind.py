@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ckptc.diagnostics import InputError
 from ckptc.io.bulk import LEAST
 from ckptc.io.orbax import Entry, ItemsWriter
 from ckptc.io.zarr3 import grid
@@ -70,5 +71,5 @@ class WriteBehind:
         if error is None:
             self.settle()
         elif self._ended is not None:  # what is done is kept, if that is possible; the error is what is said
-            with suppress(OSError, RuntimeError):
+            with suppress(OSError, RuntimeError, InputError):
                 self.settle()

@@ -22,18 +22,20 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from ckptc.diagnostics import InputError, fail
-from ckptc.io.orbax import Entry, ItemsWriter, WriterState
+from ckptc.io.orbax import Entry, ItemsWriter, WriterState, commit, make_durable
+from ckptc.io.place import Directory
 from ckptc.run import checksum
 
 LOCK = ".ckptc-lock"
@@ -43,12 +45,10 @@ UNFINISHED = ".ckptc-unfinished"  # not a step's name: no reader takes it for a 
 SYNC_SECONDS = 10.0
 _LOCKED = (errno.EWOULDBLOCK, errno.EACCES)  # flock(2), and file systems that make fcntl locks of it
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 GOES_ON = "; what is done is kept, and the same command goes on from there"
 
 
-def output_error(output: Path, error: OSError, again: str = GOES_ON) -> InputError:
+def output_error(output: Path | str, error: OSError, again: str = GOES_ON) -> InputError:
     """The system refused to write below `output`, in its words: `disk-full` or `unwritable-output`, to raise. `again`:
     what the help adds on what a later run finds.
     """
@@ -64,9 +64,11 @@ class Unfinished:
     """An output directory's unfinished run, locked by this process, or joined by it."""
 
     output: Path
+    final: Path  # what the checkpoint will become
     lock: int | None  # descriptor
     done: set[int] = field(default_factory=set)  # units, as positions in the plan's order of work
     writers: dict[int, WriterState] = field(default_factory=dict)  # what each earlier writer has written
+    started: int = 0  # nanoseconds since the Unix epoch
     committed: bool = False  # whether the checkpoint has its name already: killed while it tidied up, it seems
 
     @property
@@ -76,6 +78,42 @@ class Unfinished:
     @property
     def checkpoint(self) -> Path:
         return self.directory / "checkpoint"
+
+    @property
+    def place(self) -> Directory:
+        return Directory(self.checkpoint)
+
+    def journal(self, number: int, writer: ItemsWriter) -> Journal:
+        return Journal(self, number, writer)
+
+    def sums(self) -> dict[int, int]:
+        return read_sums(self)
+
+    def show(self) -> str:
+        token = secrets.token_hex(16)
+        (self.directory / "token").write_text(token)
+        return token
+
+    def wrote(self, numbers: Sequence[int]) -> list[int]:
+        return [k for k in numbers if self._index(k).exists()]
+
+    def shows(self, numbers: Sequence[int]) -> bool:
+        return all(self._index(k).exists() and (self.directory / f"journal.{k}").exists() for k in numbers)
+
+    def _index(self, number: int) -> Path:
+        """There, unless the writer has written nothing."""
+        return self.checkpoint / "items" / f"ocdbt.process_{number}" / "manifest.ocdbt"
+
+    def complete(
+        self, finish: Callable[[], None], before_commit: Callable[[Path], None], check: Callable[[], None]
+    ) -> None:
+        """Has `finish` join what is written, and names it."""
+        finish()
+        before_commit(self.checkpoint)
+        make_durable(self.checkpoint)  # which may take long, before an older output goes; then two renames
+        check()
+        replace(self, self.final)
+        commit(self.checkpoint, self.final)
 
     def note_links(self) -> None:
         """Says that links have been made: of a plan that only links, nothing else tells that a run was under way."""
@@ -101,9 +139,9 @@ def open_unfinished(output: Path, final: Path, plan_digest: str, restart: bool =
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        unfinished = Unfinished(output, _lock(output))
+        unfinished = Unfinished(output, final, _lock(output))
         try:
-            _enter(unfinished, final, plan_digest, restart)
+            _enter(unfinished, plan_digest, restart)
         except BaseException:
             unfinished.release()
             raise
@@ -137,8 +175,8 @@ def flock(path: Path, output: Path) -> int:
     return lock
 
 
-def _enter(unfinished: Unfinished, final: Path, plan_digest: str, restart: bool) -> None:
-    directory = unfinished.directory
+def _enter(unfinished: Unfinished, plan_digest: str, restart: bool) -> None:
+    directory, final = unfinished.directory, unfinished.final
     if directory.is_symlink():  # what is not of this run is deleted there: not in a directory that may hold anything
         raise NotADirectoryError(errno.ENOTDIR, f"{UNFINISHED} is a symbolic link")
     directory.mkdir(exist_ok=True)
@@ -176,7 +214,7 @@ def read_writers(unfinished: Unfinished, processes: Iterable[int]) -> None:
             continue
         os.truncate(path, read.length)  # a line that a crash cut short, so that the next one does not continue it
         unfinished.done.update(read.units)
-        unfinished.writers[process] = WriterState(read.file, tuple(read.entries))
+        unfinished.writers[process] = WriterState((read.file,), tuple(read.entries))
 
 
 def _keep(directory: Path, writers: Iterable[int]) -> None:
@@ -289,7 +327,7 @@ class Journal:
             root = unfinished.checkpoint / "items" / f"ocdbt.process_{process}"
             for directory in (root / "d", root, root.parent, unfinished.checkpoint, unfinished.directory):
                 _sync_directory(directory)
-            _write(path, writer.file)
+            _write(path, writer.data.files[0])
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._units: list[int] = []
         self._chunks: list[Entry] = []
@@ -321,7 +359,7 @@ class Journal:
     def _write_batch(self, units: list[int], chunks: list[Entry], sums: dict[int, int]) -> None:
         try:
             self._writer.sync()
-            record = {"units": units, "sums": list(sums.items()), "chunks": chunks}
+            record = {"units": units, "sums": list(sums.items()), "chunks": [chunk[:3] for chunk in chunks]}
             view = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             while view:
                 view = view[os.write(self._descriptor, view) :]

@@ -14,7 +14,8 @@ from ckptc.io.links import LinkedChunks, LinkedFile, link_files, record
 from ckptc.ir.source import SourceFile
 from ckptc.plan.links import places
 from ckptc.plan.model import Plan
-from ckptc.run.journal import Unfinished
+from ckptc.run import journal
+from ckptc.run.output import Unfinished
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def link(plan: Plan, source: Path, files: Sequence[SourceFile], unfinished: Unfi
     """
     if not plan.totals.linked_bytes:
         return Linked()
+    assert isinstance(unfinished, journal.Unfinished), "only a local output has links"
     found = places(plan)
     needed = np.unique(np.concatenate([p.files for p in found])).tolist()
     try:

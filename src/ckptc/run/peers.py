@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
@@ -25,6 +26,7 @@ from ckptc.run.coordination import IN_USE, LINGER
 
 AGAIN = "nothing is committed; what is done is kept, and the same commands go on from there"
 WAIT = 300  # seconds that processes wait for each other at the start, by default
+SHOWN = 90.0  # seconds within which a file that another machine has written must be seen
 HEARTBEAT = 60  # seconds without a sign of life, after which a machine is taken for dead
 
 
@@ -165,6 +167,22 @@ class Peers(Alone):
                 self._companion.kill()
             self._companion.wait()
             self._log.close()
+
+
+def seen(condition: Callable[[], bool], peers: Alone) -> bool:
+    """Waits until a condition on files that others write holds, within SHOWN."""
+    end, pause = time.monotonic() + SHOWN, 0.01
+    while True:
+        try:
+            if condition():
+                return True
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > end:
+            return False
+        peers.check()
+        time.sleep(pause)
+        pause = min(1.0, pause * 2)
 
 
 def _text(error: BaseException) -> str:

@@ -35,9 +35,10 @@ _THREADS = 4  # files hashed at once; hashlib works outside of Python's lock
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def check_memory(plan: Plan) -> None:
-    """`small-memory`, when the plan's largest unit of work does not fit in the budget that it was made with."""
-    budget, peak = plan.choices.memory, plan.totals.peak_memory_bytes
+def check_memory(plan: Plan, held: int = 0) -> None:
+    """`small-memory`, when the plan's largest unit of work does not fit in the budget that it was made with, nor with the
+    bytes that are `held` beside it."""
+    budget, peak = plan.choices.memory, plan.totals.peak_memory_bytes + held
     if peak > max(budget, _MIB):
         enough = -(-peak // _MIB)
         raise fail(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,21 +12,19 @@ from typing import Any
 
 from ckptc.diagnostics import fail
 from ckptc.io.locate import recall
-from ckptc.io.orbax import commit, finish, make_durable
+from ckptc.io.orbax import finish
 from ckptc.io.orbax_metadata import ONE_DEVICE
-from ckptc.io.restored import custom_metadata_of
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
 from ckptc.run.distributed import Written, agree, announce, gather, join_unfinished
-from ckptc.run.journal import UNFINISHED, Unfinished, open_unfinished, output_error, read_sums, replace
 from ckptc.run.linking import Linked, link
 from ckptc.run.memory import peak_resident_bytes
+from ckptc.run.output import LocalOutput, Output, Unfinished
 from ckptc.run.peers import Alone
-from ckptc.run.preflight import check_memory, check_room, check_sha256, check_source
+from ckptc.run.preflight import check_memory, check_sha256, check_source
+from ckptc.run.remote import RemoteOutput
 from ckptc.run.work import Progress, Work, copied
-
-STEP = "0"  # the step directory that MaxText's converter writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,7 @@ class Report:
     """What a run did."""
 
     output: str
+    stored_bytes: int  # what it takes
     read_bytes: int
     write_bytes: int
     seconds: float
@@ -60,47 +58,52 @@ def _nothing(_: object) -> None: ...
 def run(
     plan: Plan,
     digest: str,
-    output: Path,
+    output: Path | str,
     source: Path | None = None,
     on_progress: Callable[[Progress], None] = _nothing,
     settings: Settings | None = None,
     before_commit: Callable[[Path], None] = _nothing,
     peers: Alone | None = None,
 ) -> Report:
-    """Executes exactly the plan, into `<output>/0`; goes on with an unfinished run of the same plan. `digest` is the
-    plan's. `before_commit` is given the directory of the finished checkpoint; when it raises, that stays unfinished.
-    `peers`: the other processes that run this plan; process 0 opens, finishes and commits.
+    """Executes exactly the plan, into `<output>/0`; goes on with an unfinished run of the same plan.
 
-    Raises InputError: `abstract-plan`, `unknown-source`, `output-exists`, what `ckptc.run.preflight`, `open_unfinished`
-    and `ckptc.run.distributed` raise, `cannot-link`, what reading files may raise, `worker-died`, `out-of-memory`, and `disk-full` or
-    `unwritable-output` when the system refuses to write.
+    `digest`: the plan's. `output`: a directory, or the URL of an object store. `before_commit` is given the directory of
+    the finished checkpoint; when it raises, that stays unfinished. `peers`: the other processes that run this plan;
+    process 0 opens, finishes and commits.
+
+    Raises InputError: `abstract-plan`, `unknown-source`, `output-exists`, what `ckptc.run.preflight`, the output
+    (`ckptc.run.output`) and `ckptc.run.distributed` raise, `cannot-link`, what reading files may raise, `worker-died`,
+    `out-of-memory`, and `disk-full` or `unwritable-output` when the system refuses to write.
     """
     started, wall = time.perf_counter(), time.time_ns()
     settings, peers = settings or Settings(jobs=1), peers or Alone()
+    where = output_at(output, plan)
+    where.check()
     directory = find_source(plan, source)
     files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
-    check_memory(plan)
+    check_memory(plan, where.held())
     check_source(plan, directory, files)
     if settings.sha256 is not None:
         check_sha256(settings.sha256, directory, files)
     peers.join()
     agree(peers, digest)
-    if not (peers.process or settings.force or (output / UNFINISHED).exists()):
-        _refuse_existing(output / STEP)  # else what is unfinished may tell more, below
+    if not peers.process:
+        where.check_free(settings.force)
 
     def work_on(unfinished: Unfinished) -> Work:
-        return Work(plan, directory, files, unfinished, settings.jobs, peers, on_progress)
+        return Work(plan, directory, files, where, unfinished, settings.jobs, peers, on_progress)
 
     try:
         if peers.process:
-            done = _follow(output, peers, work_on)
+            done = _follow(where, peers, work_on)
         else:
             make_links = partial(link, plan, directory, files)
-            done = _lead(plan, digest, output, peers, settings, make_links, work_on, before_commit, wall)
+            done = _lead(plan, digest, where, peers, settings, make_links, work_on, before_commit, wall)
     except OSError as error:
-        raise output_error(output, error) from None
+        raise where.error(error) from None
     return Report(
-        output=str(output / STEP),
+        output=where.step,
+        stored_bytes=where.stored_bytes(),
         read_bytes=sum(x.read for x in done),
         write_bytes=sum(x.written for x in done),
         seconds=time.perf_counter() - started,
@@ -114,7 +117,7 @@ def run(
 def _lead(
     plan: Plan,
     digest: str,
-    output: Path,
+    output: Output,
     peers: Alone,
     settings: Settings,
     make_links: Callable[[Unfinished], Linked],
@@ -123,38 +126,34 @@ def _lead(
     started: int,
 ) -> list[Written]:
     """What process 0 does, or the only one. Returns what each has done."""
-    final = output / STEP
-    unfinished = open_unfinished(output, final, digest, settings.restart)
+    unfinished = output.open(digest, settings.restart, settings.force, started)
     try:
-        unfinished.committed = unfinished.committed and _is_of(final, digest)
         if unfinished.committed:
             announce(peers, unfinished)
             done = [Written(0, copied(plan), 0, ())]
         else:
-            if not settings.force:
-                _refuse_existing(final)
             linked = make_links(unfinished)
             work = work_on(unfinished)
-            check_room(output, work.to_write)
+            output.check_room(work.to_write)
             announce(peers, unfinished)
             done = gather(peers, unfinished, work.execute())
-            with _damage(output):
-                finish(
-                    unfinished.checkpoint,
-                    work.specs,
-                    custom_metadata=custom_metadata(plan, digest, read_sums(unfinished), linked),
-                    final=final,
-                    started=started,
-                    processes=max((k + 1 for x in done for k in x.writers), default=1),
-                    mesh=plan.choices.mesh or ONE_DEVICE,
-                    linked=linked.chunks,
-                    linked_files=list(linked.files),
-                )
-            before_commit(unfinished.checkpoint)
-            make_durable(unfinished.checkpoint)  # which may take long, before an older output goes; then two renames
-            peers.check()
-            replace(unfinished, final)
-            commit(unfinished.checkpoint, final)
+            writers = [k for x in done for k in x.writers]
+
+            def join() -> None:
+                with _damage(output):
+                    finish(
+                        unfinished.place,
+                        work.specs,
+                        custom_metadata=custom_metadata(plan, digest, unfinished.sums(), linked),
+                        final=output.step,
+                        started=unfinished.started,
+                        writers=writers,
+                        mesh=plan.choices.mesh or ONE_DEVICE,
+                        linked=linked.chunks,
+                        linked_files=list(linked.files),
+                    )
+
+            unfinished.complete(join, before_commit, peers.check)
         unfinished.forget()
         peers.say("committed")
         return done
@@ -162,7 +161,7 @@ def _lead(
         unfinished.release()
 
 
-def _follow(output: Path, peers: Alone, work_on: Callable[[Unfinished], Work]) -> list[Written]:
+def _follow(output: Output, peers: Alone, work_on: Callable[[Unfinished], Work]) -> list[Written]:
     """What every other process does. Returns what it has done."""
     unfinished = join_unfinished(peers, output)
     try:
@@ -177,17 +176,8 @@ def _follow(output: Path, peers: Alone, work_on: Callable[[Unfinished], Work]) -
         unfinished.release()
 
 
-def _refuse_existing(final: Path) -> None:
-    if os.path.lexists(final):
-        raise fail(
-            "output-exists",
-            f"there is a checkpoint at {final} already",
-            help="choose another --output, or use --force to replace it",
-        )
-
-
 @contextmanager
-def _damage(output: Path) -> Iterator[None]:
+def _damage(output: Output) -> Iterator[None]:
     """`damaged-output` for chunks that journals speak of and the unfinished checkpoint does not have."""
     try:
         yield
@@ -196,11 +186,9 @@ def _damage(output: Path) -> Iterator[None]:
         raise fail("damaged-output", f"what is unfinished in {output} is not whole: {error}", help=help) from None
 
 
-def _is_of(final: Path, digest: str) -> bool:
-    """Whether the checkpoint there was made of this plan."""
-    custom = custom_metadata_of(final)
-    made = custom.get("ckptc") if custom else None
-    return isinstance(made, dict) and made.get("plan") == digest
+def output_at(output: Path | str, plan: Plan) -> Output:
+    """The directory of this path, or what a URL names."""
+    return RemoteOutput(output, plan) if isinstance(output, str) and "://" in output else LocalOutput(Path(output))
 
 
 def find_source(plan: Plan, source: Path | None) -> Path:

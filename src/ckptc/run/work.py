@@ -21,8 +21,8 @@ from ckptc.plan.model import Array, Plan
 from ckptc.plan.order import forwards
 from ckptc.run.behind import WriteBehind
 from ckptc.run.distributed import Written, divided
-from ckptc.run.journal import Journal, Unfinished, output_error
 from ckptc.run.memory import peak_resident_bytes
+from ckptc.run.output import Output, Unfinished
 from ckptc.run.peers import Alone
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.worker import Worker
@@ -47,18 +47,21 @@ class Work:
         plan: Plan,
         directory: Path,
         files: list[SourceFile],
+        output: Output,
         unfinished: Unfinished,
         jobs: int,
         peers: Alone,
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.peers, self.on_progress = peers, on_progress
-        self.plan, self.directory, self.files, self.unfinished = plan, directory, files, unfinished
+        self.plan, self.directory, self.files = plan, directory, files
+        self.output, self.unfinished = output, unfinished
         self.specs = [_array_spec(a, plan) for a in plan.arrays]
         self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self.units = forwards(plan)
         self.todo = divided(peers, plan, self.units, [n for n in range(len(self.units)) if n not in unfinished.done])
-        fitting = max(1, plan.choices.memory // max(1, plan.totals.peak_memory_bytes))
+        held = plan.totals.peak_memory_bytes + output.held()
+        fitting = max(1, plan.choices.memory // max(1, held))
         self.jobs = max(1, min(jobs, fitting, len(self.todo)))
         self.shared = Shared(self.jobs)
         self.resumed = 0 if peers.process else sum(self._size(n) for n in unfinished.done)
@@ -101,7 +104,7 @@ class Work:
         for k in mine:
             if k not in working:
                 state = self.unfinished.writers[k]
-                ItemsWriter(self.unfinished.checkpoint, self.specs, process=k, resume=state).close()
+                ItemsWriter(self.unfinished.place, self.specs, process=k, resume=state).close()
         written = self.resumed + self.shared.written
         return Written(self.shared.read, written, peak_resident_bytes(), tuple(sorted({*mine, *working})))
 
@@ -113,7 +116,7 @@ class Work:
         try:
             self._make_units(k, tick)
         except OSError as error:  # not of reading, which says so itself
-            raise output_error(self.unfinished.output, error) from None
+            raise self.output.error(error) from None
         except MemoryError:
             raise fail(
                 "out-of-memory",
@@ -124,11 +127,11 @@ class Work:
     def _make_units(self, k: int, tick: Callable[[], None]) -> None:
         number = self._number(k)
         state = self.unfinished.writers.get(number)
-        writer = ItemsWriter(self.unfinished.checkpoint, self.specs, process=number, resume=state)
+        writer = ItemsWriter(self.unfinished.place, self.specs, process=number, resume=state)
         written = 0
         with (
             RangeReader(self.directory, self.files) as reader,
-            Journal(self.unfinished, number, writer) as journal,
+            self.unfinished.journal(number, writer) as journal,
             WriteBehind(self.plan, writer, journal.add) as behind,
         ):
             worker = Worker(self.plan, reader, behind.put, behind.settle)
