@@ -80,7 +80,11 @@ def measure(command: list[str], durable: Path | None = None) -> Run:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    # With what Python has compiled kept, as where packages are installed the usual way: an eighth of a second.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(
+        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+    )
     watch = Watch(process.pid)
     watch.start()
     try:

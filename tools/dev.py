@@ -55,6 +55,8 @@ def environment(extras: str, name: str = "", exact: Sequence[str] = ()) -> Path:
             [programs / "python", "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}{extras}", *exact],
             check=True,
         )
+        # pip does not compile what stays where it is, and not all machines let Python keep what it compiles.
+        subprocess.run([programs / "python", "-m", "compileall", "-q", ROOT / "src"], check=True)
         stamp.write_text(wanted)
     return programs
 

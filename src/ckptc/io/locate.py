@@ -18,6 +18,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from ckptc.diagnostics import fail
+
 _MAX_PATH = 1 << 16  # bytes; a longer entry is not ours
 
 
@@ -55,6 +57,15 @@ def recall(digest: str) -> Path | None:
         if len(path) <= _MAX_PATH and directory.is_absolute() and directory.is_dir():
             return directory
     return None
+
+
+def located(digest: str, what: str, option: str) -> Path:
+    """As `recall`. Raises `unknown-source`: where `what` lies is not known, and `option` says it."""
+    found = recall(digest)
+    if found is None:
+        help = f"say it with `{option} DIR`"
+        raise fail("unknown-source", f"where {what} is not known on this machine", help=help)
+    return found
 
 
 def _entry(digest: str) -> Path | None:

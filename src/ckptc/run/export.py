@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.io.locate import recall
+from ckptc.io.locate import located
 from ckptc.io.orbax_reader import ArrayReader, check_saved, find_items, list_plain, open_reader
 from ckptc.io.original import identify
 from ckptc.io.plain_chunks import PlainIndex
@@ -66,7 +66,7 @@ def export(
     started = time.perf_counter()
     outputs = plan.outputs
     assert outputs is not None and plan.made.kind == "export"
-    items = _find(plan, source)
+    items = find_items(source or located(plan.made.source or "", "the plan's checkpoint lies", "--source"))
     check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
     if plain is None:
         plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
@@ -186,18 +186,6 @@ def _without_resuming(found: Diagnostic) -> Diagnostic:
     return replace(found, help="where memory ran out, use fewer --jobs or less --memory")
 
 
-def _find(plan: Plan, source: Path | None) -> Path:
-    if source is None:
-        source = recall(plan.made.source or "")
-    if source is None:
-        raise fail(
-            "unknown-source",
-            "where the plan's checkpoint lies is not known on this machine",
-            help="say it with `--source DIR`",
-        )
-    return find_items(source)
-
-
 def companions_digest(outputs: Outputs) -> str:
     """By which a machine remembers where the files to copy lie."""
     return "companions " + " ".join(f.header for f in outputs.companions)
@@ -207,13 +195,9 @@ def _companions(plan: Plan, outputs: Outputs, directory: Path | None) -> dict[st
     """The files to copy. Raises `unknown-source` or `source-changed`."""
     if not outputs.companions:
         return {}
-    directory = directory or recall(companions_digest(outputs))
     if directory is None:
-        raise fail(
-            "unknown-source",
-            f"where the original's files lie is not known on this machine: {outputs.companions[0].name} and others",
-            help="say it with `--config-from DIR`",
-        )
+        what = f"{outputs.companions[0].name} and other files of the original lie"
+        directory = located(companions_digest(outputs), what, "--config-from")
     for file in outputs.companions:
         if identify(directory, file.name) != SourceFile(file.name, file.size, file.header):
             raise fail(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptc.diagnostics import fail
-from ckptc.io.locate import recall
+from ckptc.io.locate import located
 from ckptc.io.orbax import finish
 from ckptc.io.orbax_metadata import ONE_DEVICE
 from ckptc.ir.source import SourceFile
@@ -202,14 +202,7 @@ def find_source(plan: Plan, source: Path | None) -> Path:
         if not source.is_dir():
             raise fail("unknown-source", f"there is no directory {source}")
         return source
-    found = recall(plan.made.source)
-    if found is None:
-        raise fail(
-            "unknown-source",
-            "where the plan's checkpoint lies is not known on this machine",
-            help="say it with `--source DIR`",
-        )
-    return found
+    return located(plan.made.source, "the plan's checkpoint lies", "--source")
 
 
 def custom_metadata(plan: Plan, digest: str, sums: dict[int, int], linked: Linked) -> dict[str, Any]:
