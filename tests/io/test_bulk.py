@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,95 @@ def test_large_buffers_ask_for_huge_pages(size: int, asked: bool) -> None:
             flags = line
     assert flags and ("hg" in flags.split()) == asked
     assert buffer.size == size and at % ALIGN == 0
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Syncs that last until the second event; the first says that one has begun."""
+    begun, over = threading.Event(), threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        begun.set()
+        assert over.wait(20)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    yield begun, over
+    over.set()
+
+
+def test_while_a_disk_empties_its_cache_the_page_cache_takes_what_is_written(
+    tmp_path: Path, direct: list[tuple[int, int]], held: tuple[threading.Event, threading.Event]
+) -> None:
+    begun, over = held
+    file, other, piece = BulkFile(tmp_path / "f"), BulkFile(tmp_path / "g"), noise(LEAST)
+    syncing = threading.Thread(target=file.sync)
+    syncing.start()
+    assert begun.wait(20)
+    other.write(0, piece)
+    assert not direct
+    over.set()
+    syncing.join()
+    other.write(LEAST, piece)
+    assert direct == [(LEAST, LEAST)]
+    file.close()
+    other.close()
+    assert (tmp_path / "g").read_bytes() == bytes(piece) * 2
+
+
+def test_other_processes_syncs_are_seen(tmp_path: Path, direct: list[tuple[int, int]]) -> None:
+    read, write = os.pipe()
+    begun, say = os.pipe()
+    child = os.fork()
+    if not child:
+        with bulk._syncing():
+            os.write(say, b"x")
+            os.read(read, 1)
+        os._exit(0)
+    file, piece = BulkFile(tmp_path / "f"), noise(LEAST)
+    os.read(begun, 1)
+    file.write(0, piece)
+    os.write(write, b"x")
+    os.waitpid(child, 0)
+    assert not direct
+    file.write(LEAST, piece)
+    assert direct == [(LEAST, LEAST)]
+    file.close()
+
+
+def test_files_are_synced_while_they_grow(
+    tmp_path: Path, direct: list[tuple[int, int]], held: tuple[threading.Event, threading.Event],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bulk, "EAGER", 3 * LEAST)
+    begun, over = held
+    file, piece = BulkFile(tmp_path / "f"), noise(LEAST)
+    for k in range(3):
+        assert not begun.is_set()
+        file.write(k * LEAST, piece)
+    assert begun.wait(20)
+    file.write(3 * LEAST, piece)  # which does not wait for it
+    over.set()
+    file.close()
+    assert (tmp_path / "f").read_bytes() == bytes(piece) * 4
+
+
+@pytest.mark.parametrize("last", ["write", "settle", "sync", "close"])
+def test_what_a_sync_that_nobody_asked_for_fails_with_is_raised(
+    tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """The system says it once."""
+    said: list[int] = []
+
+    def fdatasync(descriptor: int) -> None:
+        said.append(descriptor)
+        if len(said) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(bulk, "EAGER", LEAST)
+    file, piece = BulkFile(tmp_path / "f"), noise(LEAST)
+    file.write(0, piece)
+    assert file._eager is not None
+    file._eager.join()
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        file.write(LEAST, piece) if last == "write" else getattr(file, last)()

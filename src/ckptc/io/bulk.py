@@ -5,6 +5,10 @@ O_DIRECT the disk takes the bytes from where they are. It asks for addresses, of
 the block size (open(2), "O_DIRECT"), so pieces begin at multiples of `ALIGN`, what is aligned of them goes directly,
 and the rest, the end of a piece, through a second descriptor. The two never share a page.
 
+A disk that empties its own cache, which a sync has it do, takes nothing else meanwhile. Left to the end, that is half of
+the time; so it is begun every `EAGER` bytes, by a thread, and what is written until it is done, by any process forked from
+the same one, goes into the page cache, whence the next sync takes it.
+
 Only on file systems that lie on a block device (the kernel gives all others, network and memory ones among them,
 device numbers of major 0): over a network, the page cache is what sends pieces side by side.
 """
@@ -15,7 +19,8 @@ import errno
 import mmap
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +29,7 @@ import numpy.typing as npt
 ALIGN = 4096  # bytes: no disk in use has larger blocks
 HUGE = 1 << 21  # bytes of a huge page on most machines
 LEAST = 1 << 18  # bytes: smaller pieces are better gathered by the page cache
+EAGER = 128 << 20  # bytes written to a file after which it is synced, unasked
 BOUNCE = 4 << 20  # bytes copied at once of pieces that are not aligned in memory
 
 
@@ -51,6 +57,25 @@ def place(end: int, size: int) -> int:
     return -(-end // ALIGN) * ALIGN if size >= LEAST else end
 
 
+# A byte for each process that waits for a sync, shared with those that are forked from this one. (Two of one byte write a
+# little more through the page cache, or less.)
+_SYNCING = mmap.mmap(-1, mmap.PAGESIZE)
+
+
+@contextmanager
+def _syncing() -> Iterator[None]:
+    slot = os.getpid() % len(_SYNCING)
+    _SYNCING[slot] = 1
+    try:
+        yield
+    finally:
+        _SYNCING[slot] = 0
+
+
+def _anyone_syncs() -> bool:
+    return _SYNCING.find(b"\1", 0) >= 0
+
+
 class BulkFile:
     """Writes pieces at offsets that `place` gave, from any thread. Raises what the system does."""
 
@@ -59,6 +84,9 @@ class BulkFile:
         self._direct: int | None = None
         self._lock = threading.Lock()  # of the bounce buffer
         self._bounce: npt.NDArray[np.uint8] | None = None
+        self._since = 0  # bytes written since a sync was begun
+        self._eager: threading.Thread | None = None
+        self._error: OSError | None = None  # of a sync that nobody has asked for: the system says it once only
         if hasattr(os, "O_DIRECT") and os.major(os.fstat(self._fd).st_dev):
             try:
                 self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -76,14 +104,33 @@ class BulkFile:
 
     def write(self, offset: int, view: memoryview) -> None:
         """All bytes of `view` at `offset`."""
-        head = -offset % ALIGN
-        if len(view) >= LEAST + head and self._direct is not None:
+        head, size = -offset % ALIGN, len(view)
+        if size >= LEAST + head and self._direct is not None and not _anyone_syncs():
             _write(self._fd, offset, view[:head])
             offset, view = offset + head, view[head:]
             body = len(view) // ALIGN * ALIGN
             if self._write_directly(self._direct, offset, view[:body]):
                 offset, view = offset + body, view[body:]
         _write(self._fd, offset, view)
+        if self._direct is not None:
+            self._sync_ahead(size)
+
+    def _sync_ahead(self, size: int) -> None:
+        with self._lock:
+            self._since += size
+            if self._error is not None:
+                raise self._error
+            if self._since >= EAGER and (self._eager is None or not self._eager.is_alive()):
+                self._since = 0
+                self._eager = threading.Thread(target=self._sync_unasked, daemon=True)
+                self._eager.start()
+
+    def _sync_unasked(self) -> None:
+        try:
+            with _syncing():
+                os.fdatasync(self._fd)
+        except OSError as error:
+            self._error = error
 
     def reserve(self, size: int) -> None:
         """Room on the disk for a file of `size` bytes, so that a disk too small is known at once; where the system
@@ -104,18 +151,32 @@ class BulkFile:
                 raise OSError(errno.EIO, "an unfinished file ends early")
             view, offset = view[count:], offset + count
 
+    def settle(self) -> None:
+        """Waits for a sync that nobody has asked for, and raises what it failed with. To be called by a process that
+        leaves `sync` or `close` to another one.
+        """
+        if self._eager is not None:
+            self._eager.join()
+        if self._error is not None:
+            raise self._error
+
     def sync(self) -> None:
         """Makes what has been written durable."""
-        os.fdatasync(self._fd)
+        self.settle()
+        with _syncing():
+            os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Makes everything durable, the file's size included, and closes it."""
         try:
+            self.settle()
             os.fsync(self._fd)
         finally:
             self.abandon()
 
     def abandon(self) -> None:
+        if self._eager is not None:
+            self._eager.join()
         os.close(self._fd)
         if self._direct is not None:
             os.close(self._direct)

@@ -151,6 +151,12 @@ class CheckpointWriter:
             self._open[file].read_into(begin + first * item, view[done : done + length * item])
             done += length * item
 
+    def settle(self) -> None:
+        """Raises what the system could not write so far, as far as it has said it to this process alone. A worker's last
+        word."""
+        for file in self._open:
+            file.settle()
+
     def commit(self, texts: Mapping[str, str], copies: Mapping[str, Path]) -> None:
         """Makes the files durable and gives them their names, then the copies, then `texts`, in their order.
 

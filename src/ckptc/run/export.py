@@ -146,6 +146,7 @@ class _Work:
                         written += make(exporter, number)
                         shared.note(k, number, written, exporter.reader.bytes_read)
                         tick()
+                self.writer.settle()
             except OSError as error:
                 raise output_error(self.output, error, again="") from None
             except MemoryError:
