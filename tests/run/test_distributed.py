@@ -38,13 +38,6 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def plan_file(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    path.write_text(dumps(plan), "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def alone(plan_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one process."""
     output = tmp_path_factory.mktemp("alone") / "out"

@@ -63,13 +63,6 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def plan_file(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    path.write_text(dumps(plan), "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def local(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same checkpoint in a directory."""
     output = tmp_path_factory.mktemp("local") / "out"

@@ -51,13 +51,6 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def plan_file(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    path.write_text(dumps(plan), "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def sums(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The checksums of an undisturbed run, whose arrays are the expected ones."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"

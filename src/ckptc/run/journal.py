@@ -40,8 +40,7 @@ from ckptc.run import checksum
 
 LOCK = ".ckptc-lock"
 UNFINISHED = ".ckptc-unfinished"  # not a step's name: no reader takes it for a checkpoint
-# Time between two syncs, as long as there is something to sync: what a failure costs at most. Each one makes the disk empty
-# its own cache, during which it takes little else: a sync every 256 MB cost a sixth of the rate.
+# Time between two syncs of data and journal, as long as there is something to sync: what a failure costs at most.
 SYNC_SECONDS = 10.0
 _LOCKED = (errno.EWOULDBLOCK, errno.EACCES)  # flock(2), and file systems that make fcntl locks of it
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
