@@ -299,7 +299,7 @@ def test_a_run_killed_at_any_step_of_the_way_is_finished_by_the_same_command(
     assert_whole(url, local)
 
 
-@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("count", [0, 3, 5, 7])
 def test_a_run_killed_between_two_objects_of_the_commit_is_not_finished(
     plan: Plan, plan_file: Path, local: Path, count: int, url: str
 ) -> None:
