@@ -22,10 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKERS = [
-    "-n",
-    str(2 * (os.cpu_count() or 1)),
-]  # half of the tests' time they wait for programs that they have started
 
 
 def oldest(pyproject: str) -> list[str]:
@@ -84,13 +80,13 @@ def test(extras: str, pytest: list[str]) -> None:
     run("ruff", "check", ".", programs=programs)
     run("ruff", "format", "--check", ".", programs=programs)
     run("mypy", programs=programs)
-    run("pytest", *WORKERS, *pytest, programs=programs)
+    run("pytest", "-n", str(os.cpu_count() or 1), *pytest, programs=programs)
 
 
 def test_oldest(pytest: list[str]) -> None:
     programs = environment("[test]", "-oldest", oldest((ROOT / "pyproject.toml").read_text("utf-8")))
     run("python", "tools/demo.py", programs=programs)
-    run("pytest", *WORKERS, *pytest, programs=programs)
+    run("pytest", "-n", str(os.cpu_count() or 1), *pytest, programs=programs)
 
 
 def main() -> None:
