@@ -18,7 +18,7 @@ import numpy as np
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
 from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.reader import RangeReader
+from ckptc.io.ranges import RangeReader
 from ckptc.ir.source import Checkpoint, SourceFile
 from ckptc.plan.model import Plan
 from ckptc.run.worker import Worker

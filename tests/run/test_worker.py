@@ -22,7 +22,7 @@ from ckptc.compile.options import Options
 from ckptc.compile.schedule import account
 from ckptc.diagnostics import InputError
 from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.reader import RangeReader
+from ckptc.io.ranges import RangeReader
 from ckptc.ir.source import Checkpoint, SourceFile
 from ckptc.ops import Add, Axis, Cast, Concat, Decode, Pad, ReshapeHeads, Scale, Slice, Stack, TensorType, Transpose
 from ckptc.ops.nest import Part, whole

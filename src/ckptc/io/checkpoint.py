@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.io.reader import (
+from ckptc.io.files import (
     HEADER_THREADS,
     open_regular,
     pread,

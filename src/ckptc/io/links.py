@@ -25,7 +25,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.io.reader import refuse, resolve, shown
+from ckptc.io.files import refuse, resolve, shown
 from ckptc.ir.source import SourceFile
 
 LINKED = "linked"  # below `items`

@@ -27,9 +27,9 @@ from typing import Any
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.io.files import header_digest, open_regular, pread, refuse, resolve, shown
 from ckptc.io.plain_chunks import PlainIndex, list_chunks
 from ckptc.io.plain_reader import PlainReader, decoded, pieces
-from ckptc.io.reader import header_digest, open_regular, pread, refuse, resolve, shown
 from ckptc.ir.saved import Saved, SavedArray
 from ckptc.ir.source import SourceFile
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckptc.diagnostics import fail
 from ckptc.io.checkpoint import CONFIG, INDEX, open_checkpoint, read_config, read_index
-from ckptc.io.reader import open_regular, pread, resolve
+from ckptc.io.files import open_regular, pread, resolve
 from ckptc.ir.saved import Original
 from ckptc.ir.source import SourceFile
 

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import InputError
-from ckptc.io.reader import open_regular, resolve
+from ckptc.io.files import open_regular, resolve
 from ckptc.io.zarr3 import DTYPES, bytes_codec
 from ckptc.ir.source import SourceFile
 

@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import InputError, fail
+from ckptc.io.files import shown
 from ckptc.io.ocdbt import crc32c
 from ckptc.io.plain_chunks import INLINE, PlainArray, PlainIndex
-from ckptc.io.reader import RangeReader, shown
+from ckptc.io.ranges import RangeReader
 from ckptc.io.zarr3 import grid, numpy_dtype
 
 WORTH = 1 << 18  # bytes: what lies between two runs is read along with them where the runs are shorter
@@ -42,7 +43,7 @@ class PlainReader:
 
     def __init__(self, items: Path, index: PlainIndex) -> None:
         self._index = index
-        self._files = RangeReader(items, index.files)
+        self._files = RangeReader(items, index.files, once=True)
         self._shards: OrderedDict[tuple[str, int], npt.NDArray[np.uint64]] = OrderedDict()
         self._scratch = np.empty(0, dtype=np.uint8)
 

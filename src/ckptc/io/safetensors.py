@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean, fail
-from ckptc.io.reader import MAX_HEADER, header_digest, is_text, problem, read_start, refuse, shown
+from ckptc.io.files import MAX_HEADER, header_digest, is_text, problem, read_start, refuse, shown
 from ckptc.ir.source import SourceFile, SourceTensor
 
 MAX_REPORTED = 20  # problems spelled out per file; the rest are counted

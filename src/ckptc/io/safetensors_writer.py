@@ -31,7 +31,7 @@ import numpy.typing as npt
 from ckptc.diagnostics import fail
 from ckptc.io.bulk import BulkFile
 from ckptc.io.checkpoint import CONFIG, INDEX
-from ckptc.io.reader import resolve
+from ckptc.io.files import resolve
 
 UNFINISHED = ".ckptc-unfinished"
 REPLACED = ".ckptc-replaced"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ckptc.diagnostics import fail
 from ckptc.io.checkpoint import open_checkpoint
 from ckptc.io.orbax_reader import open_reader, open_saved
-from ckptc.io.reader import RangeReader
+from ckptc.io.ranges import RangeReader
 from ckptc.io.safetensors_writer import runs
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box

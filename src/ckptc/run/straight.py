@@ -24,7 +24,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ckptc.diagnostics import fail
-from ckptc.io.reader import resolve, shown
+from ckptc.io.files import resolve, shown
 from ckptc.ir.graph import Apply, Fill, Leaf, Node, Target
 from ckptc.ops.base import Op
 from ckptc.ops.rearrange import Rearrange, SizedGroup

@@ -12,7 +12,7 @@ from ckptc.io.bulk import place
 from ckptc.io.compression import NONE
 from ckptc.io.orbax import ItemsWriter
 from ckptc.io.orbax_metadata import ArraySpec
-from ckptc.io.reader import RangeReader
+from ckptc.io.ranges import RangeReader
 from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
@@ -130,7 +130,7 @@ class Work:
         writer = ItemsWriter(self.unfinished.place, self.specs, process=number, resume=state)
         written = 0
         with (
-            RangeReader(self.directory, self.files) as reader,
+            RangeReader(self.directory, self.files, once=not self.plan.totals.reread_bytes) as reader,
             self.unfinished.journal(number, writer) as journal,
             WriteBehind(self.plan, writer, journal.add) as behind,
         ):

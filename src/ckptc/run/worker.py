@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.io.bulk import page_buffer
-from ckptc.io.reader import RangeReader
+from ckptc.io.ranges import RangeReader
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Array, Box, Plan, Source

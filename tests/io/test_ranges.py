@@ -6,29 +6,15 @@ import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.io.reader import RangeReader, check_unchanged, header_digest, read_start, resolve
+from ckptc.io.ranges import RangeReader
 from ckptc.ir.source import SourceFile
 
-SIZE = 5000
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[SourceFile]:
-    """Eight files of random bytes after a header of 16 bytes."""
-    made = []
-    for number in range(8):
-        head = (8).to_bytes(8, "little") + b"{}      "
-        (tmp_path / f"{number}.safetensors").write_bytes(head + random.Random(number).randbytes(SIZE - 16))
-        made.append(SourceFile(f"{number}.safetensors", SIZE, header_digest(head)))
-    return made
+from .conftest import SIZE, refusal
 
 
 def read(reader: RangeReader, file: int, offset: int, count: int) -> bytes:
@@ -39,14 +25,6 @@ def read(reader: RangeReader, file: int, offset: int, count: int) -> bytes:
 
 def content(directory: Path, file: int) -> bytes:
     return (directory / f"{file}.safetensors").read_bytes()
-
-
-def refusal(action: Any, *arguments: Any) -> Diagnostic:
-    with pytest.raises(InputError) as caught:
-        action(*arguments)
-    (only,) = caught.value.diagnostics
-    assert only.help and [note.split(":")[0] for note in only.notes[:2]] == ["expected", "found"]
-    return only
 
 
 def open_descriptors(directory: Path) -> int:
@@ -95,7 +73,7 @@ def test_short_reads_are_continued(tmp_path: Path, files: list[SourceFile], monk
         calls.append(offset)
         return whole(descriptor, [buffers[0][:7]], offset)
 
-    monkeypatch.setattr("ckptc.io.reader.os.preadv", short)
+    monkeypatch.setattr("ckptc.io.ranges.os.preadv", short)
     with RangeReader(tmp_path, files) as reader:
         assert read(reader, 0, 10, 20) == content(tmp_path, 0)[10:30]
     assert calls == [10, 17, 24]
@@ -153,7 +131,7 @@ def test_open_files_are_bounded_and_the_least_recently_used_goes(
         during.append(open_descriptors(tmp_path))
         return whole(descriptor, buffers, offset)
 
-    monkeypatch.setattr("ckptc.io.reader.os.preadv", counting)
+    monkeypatch.setattr("ckptc.io.ranges.os.preadv", counting)
     with RangeReader(tmp_path, files, max_open=3) as reader:
         for file in (0, 1, 2, 0, 3, 4):
             read(reader, file, 0, 1)
@@ -173,7 +151,7 @@ def test_a_file_being_read_is_not_closed_under_the_read(
             assert go_on.wait(10)
         return whole(descriptor, buffers, offset)
 
-    monkeypatch.setattr("ckptc.io.reader.os.preadv", slow)
+    monkeypatch.setattr("ckptc.io.ranges.os.preadv", slow)
     reader = RangeReader(tmp_path, files, max_open=1)
     with ThreadPoolExecutor(1) as thread:
         result = thread.submit(read, reader, 0, 77, 9)
@@ -221,7 +199,7 @@ def test_sequential_reading_is_announced_once_per_opened_file(
         advice.append(what)
         raise OSError("this file system takes none")
 
-    monkeypatch.setattr("ckptc.io.reader.os.posix_fadvise", advise)
+    monkeypatch.setattr("ckptc.io.ranges.os.posix_fadvise", advise)
     with RangeReader(tmp_path, files) as reader:
         assert read(reader, 0, 0, 9) + read(reader, 0, 9, 9) == content(tmp_path, 0)[:18]
     assert advice == [os.POSIX_FADV_SEQUENTIAL]
@@ -230,7 +208,7 @@ def test_sequential_reading_is_announced_once_per_opened_file(
 def test_reading_works_where_there_is_no_fadvise(
     tmp_path: Path, files: list[SourceFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("ckptc.io.reader.os.posix_fadvise", raising=False)
+    monkeypatch.delattr("ckptc.io.ranges.os.posix_fadvise", raising=False)
     with RangeReader(tmp_path, files) as reader:
         assert read(reader, 0, 0, 9) == content(tmp_path, 0)[:9]
 
@@ -280,7 +258,7 @@ def test_an_error_of_the_disk_is_told_in_the_systems_words(
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("ckptc.io.reader.os.preadv", broken)
+    monkeypatch.setattr("ckptc.io.ranges.os.preadv", broken)
     with RangeReader(tmp_path, files) as reader:
         found = refusal(read, reader, 0, 0, 1)
     assert (found.code, "Input/output error" in found.message) == ("source-unreadable", True)
@@ -291,11 +269,6 @@ def test_a_plan_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
     file = SourceFile(name, 1, "sha256:00")
     with RangeReader(tmp_path, [file]) as reader:
         assert refusal(read, reader, 0, 0, 1).code == "unsafe-path"
-    assert refusal(check_unchanged, tmp_path, [file]).code == "unsafe-path"
-
-
-def test_ordinary_names_resolve_below_the_directory(tmp_path: Path) -> None:
-    assert resolve(tmp_path, "a/b..c/...safetensors") == tmp_path / "a" / "b..c" / "...safetensors"
 
 
 @pytest.mark.parametrize(("file", "offset"), [(-1, 0), (8, 0), (0, -1), (0, 1 << 63)])
@@ -321,60 +294,3 @@ def test_a_closed_reader_reads_no_more(tmp_path: Path, files: list[SourceFile]) 
     for file in (0, 1):
         with pytest.raises(ValueError, match="closed"):
             read(reader, file, 0, 1)
-
-
-def test_the_start_of_a_file_that_is_no_safetensors_is_not_read_to_its_end(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"\xff" * 3_000_000)
-    size, head = read_start(tmp_path / "x", "x")
-    assert size == 3_000_000 and 16 <= len(head) <= 1 << 16
-
-
-# -- unchanged -----------------------------------------------------------------------------------------------
-
-
-def test_unchanged_files_pass(tmp_path: Path, files: list[SourceFile]) -> None:
-    check_unchanged(tmp_path, files)
-
-
-def test_a_changed_size_is_told(tmp_path: Path, files: list[SourceFile]) -> None:
-    os.truncate(tmp_path / "2.safetensors", SIZE - 8)
-    found = refusal(check_unchanged, tmp_path, files)
-    assert found.code == "source-changed" and "`2.safetensors`" in found.message
-    assert found.notes == (f"expected: {SIZE} bytes", f"found: {SIZE - 8} bytes")
-
-
-def test_a_changed_header_of_the_same_size_is_told(tmp_path: Path, files: list[SourceFile]) -> None:
-    with open(tmp_path / "2.safetensors", "r+b") as file:
-        file.seek(10)
-        file.write(b" ")
-        file.seek(9)
-        file.write(b" ")
-    found = refusal(check_unchanged, tmp_path, files)
-    changed = header_digest(read_start(tmp_path / "2.safetensors", "2")[1])
-    assert found.code == "source-changed"
-    assert found.notes == (f"expected: header {files[2].header_digest}", f"found: header {changed}")
-
-
-def test_every_changed_file_is_told_at_once_in_order(tmp_path: Path, files: list[SourceFile]) -> None:
-    (tmp_path / "1.safetensors").unlink()
-    (tmp_path / "3.safetensors").write_bytes(b"")
-    changed = [*files[:5], replace(files[5], size=1, header_digest="sha256:00"), *files[6:]]
-    with pytest.raises(InputError) as caught:
-        check_unchanged(tmp_path, changed)
-    found = caught.value.diagnostics
-    assert [d.code for d in found] == ["source-missing", "source-changed", "source-changed"]
-    assert [d.message.split("`")[1] for d in found] == [f"{n}.safetensors" for n in (1, 3, 5)]
-    assert len(found[2].notes) == 4
-
-
-@pytest.mark.parametrize("head", [b"", b"\x01", b"version https://git-lfs", b"\xff" * 8, b"\xff\xff\0\0\0\0\0\0{}"])
-def test_files_that_are_no_longer_safetensors_have_changed(
-    tmp_path: Path, files: list[SourceFile], head: bytes
-) -> None:
-    (tmp_path / "0.safetensors").write_bytes(head)
-    assert refusal(check_unchanged, tmp_path, files[:1]).code == "source-changed"
-
-
-def test_a_missing_directory_is_told_once(tmp_path: Path, files: list[SourceFile]) -> None:
-    found = refusal(check_unchanged, tmp_path / "absent", files)
-    assert (found.code, str(tmp_path / "absent") in found.message) == ("source-missing", True)
