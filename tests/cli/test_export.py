@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Command
 
+from ckptc.io import orbax_reader
 from ckptc.plan.model import Exactness
 from reference import DATA
 
@@ -46,6 +47,19 @@ def test_a_plan_is_compiled_and_run_apart(ckptc: Command) -> None:
     again = ckptc("run", "plan.json", "--output", "out")
     assert again.code == 1 and "error[output-exists]" in again.err
     assert ckptc("run", "plan.json", "--output", "out", "--force").code == 0
+
+
+def test_only_what_reads_chunks_lists_them(ckptc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(items: Path) -> None:
+        raise RuntimeError("listed")
+
+    monkeypatch.setattr(orbax_reader, "list_plain", listed)
+    options = ("--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL)
+    export = ("export", *options, "--output", "out")
+    assert ckptc("compile", "--export", *options).code == 0
+    assert ckptc(*export, "--dump-plan").code == 0
+    executed = ckptc(*export)
+    assert executed.code == 2 and "listed" in executed.err
 
 
 def test_a_conversion_is_not_taken_for_an_export(ckptc: Command) -> None:

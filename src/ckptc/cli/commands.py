@@ -146,7 +146,7 @@ def _compile_export(args: argparse.Namespace) -> Plan:
         raise fail("bad-mesh", "an export is of whole tensors", help="leave out --mesh and --rules")
     if args.link:
         raise fail("cannot-link", "an export writes files of its own", help="leave out --link")
-    with export.reading(args) as work:
+    with export.reading(args, chunks=False) as work:
         return export.compiled(args, work)[0]
 
 

@@ -126,9 +126,9 @@ def add_diff(commands: Any) -> None:
     )
 
 
-def reading(args: argparse.Namespace) -> Apart:
+def reading(args: argparse.Namespace, chunks: bool) -> Apart:
     """Begins to read what the checkpoint's metadata says, by TensorStore, which has threads: meanwhile, what else is
-    needed can be loaded.
+    needed can be loaded. `chunks`: whether to list where they lie, too, which only a run needs.
     """
     from ckptc.run.apart import Apart
 
@@ -136,14 +136,14 @@ def reading(args: argparse.Namespace) -> Apart:
         from ckptc.io.orbax_reader import list_plain, open_saved
 
         saved, items = open_saved(Path(args.source))
-        return [saved.record(), list_plain(items).record(), str(items)]
+        return [saved.record(), list_plain(items).record() if chunks else None, str(items)]
 
     return Apart(read)
 
 
-def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex]:
+def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | None]:
     """The plan of an export, from the options of `export` or of `compile --export` and what `reading` finds; and where
-    what it reads lies.
+    what it reads lies, if `reading` was asked for that.
     """
     from ckptc.cli.commands import find
     from ckptc.compile.export import compile_export
@@ -156,7 +156,7 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex]:
 
     mapping, model = find(args)
     record, chunks, items = work.result()
-    saved, plain = Saved.of(record), PlainIndex.of(chunks)
+    saved, plain = Saved.of(record), None if chunks is None else PlainIndex.of(chunks)
     original = open_original(Path(args.config_from)) if args.config_from else None
     options = ExportOptions(
         dtype=args.dtype,
@@ -174,7 +174,7 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex]:
 
 
 def export(args: argparse.Namespace) -> None:
-    with reading(args) as work:  # before anything is loaded
+    with reading(args, chunks=not args.dump_plan) as work:  # before anything is loaded
         plan, plain = compiled(args, work)
     from ckptc.cli.commands import write_plan
     from ckptc.plan.json import dumps
