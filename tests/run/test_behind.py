@@ -13,7 +13,9 @@ import numpy.typing as npt
 import pytest
 from tests.run.test_link import convert
 
+from ckptc.diagnostics import InputError
 from ckptc.io.orbax import Entry, ItemsWriter
+from ckptc.plan.order import forwards
 from ckptc.run import behind
 from ckptc.run.behind import WriteBehind
 from golden import compile_case, differences, expected_of, known_cases
@@ -74,6 +76,29 @@ def test_what_writing_fails_with_is_raised_where_chunks_are_put() -> None:
 
 
 @pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
+@pytest.mark.parametrize("then", ["put", "settle", "leave", "fail"])
+def test_a_unit_whose_last_chunk_is_not_written_is_never_done(size: int, then: str) -> None:
+    writer, done = Slow(), []
+    chunk = np.zeros(size, np.uint8)
+    with (
+        pytest.raises(ValueError if then == "fail" and size == behind.LEAST else OSError),
+        WriteBehind(PLAN, writer, lambda *unit: done.append(unit)) as sink,
+    ):
+        sink.put(0, CHUNK, chunk)
+        sink.settle()
+        writer.error = OSError(errno.EIO, "lost")
+        sink.put(0, CHUNK, chunk)
+        sink.end(7, 0)
+        if then == "put":
+            sink.put(0, CHUNK, chunk)
+        elif then == "settle":
+            sink.settle()
+        elif then == "fail":
+            raise ValueError("the next unit cannot be read")
+    assert done == []
+
+
+@pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
 def test_a_unit_is_done_when_its_last_chunk_is_written_and_not_before(size: int) -> None:
     writer, done = Slow(), list[int]()
     with WriteBehind(PLAN, writer, lambda unit, *_: done.append(len(writer.written))) as sink:
@@ -95,6 +120,27 @@ def test_a_unit_that_is_done_is_kept_when_the_next_one_fails() -> None:
         sink.end(7, 0)
         raise ValueError("the next unit cannot be read")
     assert [unit for unit, *_ in done] == [7]
+
+
+def test_a_run_whose_last_chunk_of_a_unit_fails_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, unit = ItemsWriter.write_chunk, forwards(PLAN)[0]
+    last = tuple((h - 1) // c for (_, h), c in zip(unit.box, PLAN.arrays[unit.array].chunk, strict=True))
+
+    def full(self: ItemsWriter, number: int, index: tuple[int, ...], data: Any) -> Entry:
+        if (number, index) == (unit.array, last):
+            raise OSError(errno.ENOSPC, "full")
+        return write(self, number, index, data)
+
+    monkeypatch.setattr(behind, "LEAST", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ItemsWriter, "write_chunk", full)
+        with pytest.raises(InputError) as caught:
+            convert(PLAN, CASE.hf, tmp_path)
+    assert caught.value.diagnostics[0].code == "disk-full"
+    convert(PLAN, CASE.hf, tmp_path)
+    assert differences(restored(tmp_path), expected_of(CASE)) == []
 
 
 def test_a_run_that_writes_every_chunk_behind_makes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

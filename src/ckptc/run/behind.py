@@ -54,8 +54,9 @@ class WriteBehind:
     def settle(self) -> None:
         """Waits until all that was put is written."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._entries.append(pending.result())
+            entry = self._pending.result()  # what failed stays pending: a unit that lacks a chunk is never done
+            self._pending = None
+            self._entries.append(entry)
         if self._ended is not None:
             ended, entries, total = self._ended, self._entries, self._sum
             self._ended, self._entries, self._sum = None, [], 0
