@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +17,24 @@ from ckptc.run import apart
 from ckptc.run.apart import can_fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:.*multi-threaded:DeprecationWarning")
+
+
+SECONDS = 60  # that anything here may take on a slow machine
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended, but was not waited for, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +66,43 @@ def test_another_failure_comes_back_as_text() -> None:
 def test_a_process_that_is_killed_is_said_to_be() -> None:
     with pytest.raises(InputError, match="worker-died"):
         apart.apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+ORPHAN = """\
+import os, sys, time
+from pathlib import Path
+from ckptc.run import apart
+def make():
+    Path(sys.argv[1] + ".new").write_text(str(os.getpid()))
+    os.rename(sys.argv[1] + ".new", sys.argv[1])
+    end = time.monotonic() + {seconds}
+    while os.getppid() == parent and time.monotonic() < end:
+        time.sleep(0.01)
+    {then}
+parent = os.getpid()
+{patch}
+apart.apart(make)
+"""
+
+
+def orphan(pid: Path, then: str, patch: str = "") -> subprocess.Popen[str]:
+    """A process that was killed while another worked for it, which notes its `pid`, and goes on with `then`."""
+    script = ORPHAN.format(seconds=SECONDS, then=then, patch=patch)
+    parent = subprocess.Popen([sys.executable, "-c", script, str(pid)], stderr=subprocess.PIPE, text=True)
+    wait_for(pid.exists)
+    parent.kill()
+    return parent
+
+
+def test_it_dies_with_its_parent(tmp_path: Path) -> None:
+    with orphan(tmp_path / "pid", "time.sleep(600)"):
+        wait_for(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def test_an_orphan_ends_in_silence_where_the_system_lets_it_live(tmp_path: Path) -> None:
+    with orphan(tmp_path / "pid", "Path(sys.argv[1]).unlink()", "apart.die_with = lambda parent: None") as parent:
+        _, err = parent.communicate(timeout=SECONDS)  # until it has ended, too
+    assert err == "" and not (tmp_path / "pid").exists()
 
 
 def test_a_process_that_holds_threads_does_the_work_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ import multiprocessing as mp
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
 from ckptc.diagnostics import fail
-from ckptc.run.pool import raise_told, told
+from ckptc.run.pool import die_with, raise_told, told
 
 THREADED = ("tensorstore",)  # libraries that have threads once they are used
 
@@ -39,7 +40,7 @@ class Apart:
             return
         context = mp.get_context("fork")
         self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_child, args=(make, theirs), daemon=True)
+        self._process = context.Process(target=_child, args=(make, self._pipe, theirs, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -77,10 +78,13 @@ def apart(make: Callable[[], Any]) -> Any:
         return work.result()
 
 
-def _child(make: Callable[[], Any], pipe: Connection) -> None:
+def _child(make: Callable[[], Any], others: Connection, pipe: Connection, parent: int) -> None:
+    die_with(parent)
+    others.close()  # or to say something would wait for ever where no parent hears it
     try:
         said = {"made": make()}
     except BaseException as error:
         said = told(error)
-    pipe.send_bytes(json.dumps(said).encode())
+    with suppress(OSError):  # the parent has died, and this system does not kill its children
+        pipe.send_bytes(json.dumps(said).encode())
     os._exit(0)  # nothing of the parent's to clean up

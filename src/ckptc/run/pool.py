@@ -155,7 +155,7 @@ def _hear(pipe: Connection) -> dict[str, Any]:
 
 def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    _die_with(parent)
+    die_with(parent)
     try:
         body(k, lambda: None)
     except BaseException as error:
@@ -164,7 +164,7 @@ def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
     os._exit(0)  # nothing of the parent's to clean up
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Asks the kernel to kill this process when its parent dies, where it can (Linux, prctl(2) PR_SET_PDEATHSIG)."""
     try:
         import ctypes
