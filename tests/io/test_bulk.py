@@ -202,6 +202,40 @@ def test_files_are_synced_while_they_grow(
     assert (tmp_path / "f").read_bytes() == bytes(piece) * 4
 
 
+@pytest.mark.parametrize("asked", ["sync", "close"])
+def test_a_sync_that_begins_meanwhile_takes_no_error_from_the_one_that_was_asked_for(
+    tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """The system tells whoever comes first, and nobody else."""
+    told: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        name = threading.current_thread().name
+        if name == "asked":  # on its way to the system; another thread writes meanwhile, and begins a sync of its own
+            file.write(0, noise(LEAST))
+            assert file._eager is not None
+            file._eager.join(0.2)
+        if not told:
+            told.append(name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(bulk, "EAGER", LEAST)
+    file, failed = BulkFile(tmp_path / "f"), []
+
+    def ask() -> None:
+        try:
+            getattr(file, asked)()
+        except OSError as error:
+            failed.append(error.errno)
+
+    thread = threading.Thread(target=ask, name="asked")
+    thread.start()
+    thread.join()
+    assert failed == [errno.EIO]
+
+
 @pytest.mark.parametrize("last", ["write", "settle", "sync", "close"])
 def test_what_a_sync_that_nobody_asked_for_fails_with_is_raised(
     tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, last: str

@@ -19,7 +19,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -86,7 +86,8 @@ class BulkFile:
         self._bounce: npt.NDArray[np.uint8] | None = None
         self._since = 0  # bytes written since a sync was begun
         self._eager: threading.Thread | None = None
-        self._error: OSError | None = None  # of a sync that nobody has asked for: the system says it once only
+        self._syncs = threading.Lock()  # held by a sync: the system tells only one of several what has failed
+        self._error: OSError | None = None  # what a sync has failed with: it is told once only
         if hasattr(os, "O_DIRECT") and os.major(os.fstat(self._fd).st_dev):
             try:
                 self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -126,11 +127,19 @@ class BulkFile:
                 self._eager.start()
 
     def _sync_unasked(self) -> None:
-        try:
-            with _syncing():
-                os.fdatasync(self._fd)
-        except OSError as error:
-            self._error = error
+        with suppress(OSError):  # which whoever asks gets
+            self._sync(os.fdatasync)
+
+    def _sync(self, ask: Callable[[int], None]) -> None:
+        with self._syncs:
+            if self._error is not None:
+                raise self._error
+            try:
+                with _syncing():
+                    ask(self._fd)
+            except OSError as error:
+                self._error = error
+                raise
 
     def reserve(self, size: int) -> None:
         """Room on the disk for a file of `size` bytes, so that a disk too small is known at once; where the system
@@ -162,15 +171,12 @@ class BulkFile:
 
     def sync(self) -> None:
         """Makes what has been written durable."""
-        self.settle()
-        with _syncing():
-            os.fdatasync(self._fd)
+        self._sync(os.fdatasync)
 
     def close(self) -> None:
         """Makes everything durable, the file's size included, and closes it."""
         try:
-            self.settle()
-            os.fsync(self._fd)
+            self._sync(os.fsync)
         finally:
             self.abandon()
 
