@@ -52,6 +52,11 @@ def page_buffer(size: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memory, dtype=np.uint8)[:size]
 
 
+def grown(buffer: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """The buffer, or a larger one that holds nothing yet."""
+    return buffer if buffer.size >= size else page_buffer(size)
+
+
 def place(end: int, size: int) -> int:
     """Where a piece of `size` bytes goes in a file that ends at `end`."""
     return -(-end // ALIGN) * ALIGN if size >= LEAST else end

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.io.bulk import page_buffer
+from ckptc.io.bulk import grown
 from ckptc.io.orbax_reader import ArrayReader
 from ckptc.io.safetensors_writer import CheckpointWriter
 from ckptc.ops.nest import Part, restrict_part
@@ -32,7 +32,7 @@ from ckptc.plan.model import Box, Plan
 from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored
 from ckptc.plan.regions import Region, indices, made_bytes, needs, padding_region, pieces, place_in, within
 from ckptc.run.kernel import Conversion, Kernel, Loop
-from ckptc.run.worker import Bytes, target_loops
+from ckptc.run.worker import target_loops
 
 IN_FLIGHT = 8 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
 SLAB = 64 << 20  # bytes of padding looked at at once
@@ -121,7 +121,7 @@ class Exporter:
         regions = dict(needs(kind, begins, box))
         item = itemsize(kind.dtype)
         sizes = {s: r.size * itemsize(kind.sources[s].dtype) for s, r in regions.items()}
-        self._held = _grown(self._held, sum(sizes.values()))
+        self._held = grown(self._held, sum(sizes.values()))
         held: dict[int, Values] = {}
         used = 0
         for s, r in regions.items():
@@ -139,7 +139,7 @@ class Exporter:
             ]
             for number, tensor in enumerate(tensors):
                 turn, self._turn = self._turn, 1 - self._turn
-                self._made[turn] = made = _grown(self._made[turn], prod(shape) * item)
+                self._made[turn] = made = grown(self._made[turn], prod(shape) * item)
                 flat = made[: prod(shape) * item].view(numpy_dtype(kind.dtype))
                 for copy in copies:
                     s = copy.source
@@ -186,7 +186,7 @@ class Exporter:
             at[padding.axis] = own[(own >= low) & (own < high)] - low
         region = Region(tuple(axes))
         size = region.size * itemsize(padding.array.dtype)
-        self._held = _grown(self._held, size)
+        self._held = grown(self._held, size)
         values = self._held[:size].view(numpy_dtype(padding.array.dtype)).reshape(region.shape)
         self._read(padding.tensor, padding.array, region, values, self._held.nbytes)
         if any(len(own) < n for own, n in zip(at, region.shape, strict=True)):
@@ -239,7 +239,3 @@ def _covered(kind: Kind, box: Box) -> npt.NDArray[np.bool_]:
                 places = (places[:, None] + np.arange(loop.size) * loop.target).ravel()
             out[places] = True
     return out.reshape(shape)
-
-
-def _grown(buffer: Bytes, size: int) -> Bytes:
-    return buffer if buffer.size >= size else page_buffer(size)

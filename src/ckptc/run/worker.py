@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.io.bulk import page_buffer
+from ckptc.io.bulk import grown
 from ckptc.io.ranges import RangeReader
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
@@ -68,7 +68,7 @@ class Worker:
 
     def _load(self, array: Array, parts: list[Part]) -> list[Local]:
         needs = [need(p, array.sources[p.source]) if p.source is not None else None for p in parts]
-        self._held = _grown(self._held, sum(n.memory for n in needs if n is not None))
+        self._held = grown(self._held, sum(n.memory for n in needs if n is not None))
         out, used = [], 0
         for part, needed in zip(parts, needs, strict=True):
             if needed is None or part.source is None:
@@ -116,7 +116,7 @@ class Worker:
         self._lent = False
         size = prod(shape) * itemsize(array.dtype)
         turn = self._turn = 1 - self._turn
-        self._chunks[turn] = _grown(self._chunks[turn], size)
+        self._chunks[turn] = grown(self._chunks[turn], size)
         flat = self._chunks[turn][:size].view(numpy_dtype(array.dtype))
         for x, part in found:
             self._copy(x, part, array, shape, flat)
@@ -132,10 +132,6 @@ class Worker:
             np.lib.stride_tricks.as_strided(bits, [n for n, _, _ in loops], steps)[...] = value.view(bits.dtype)
             return
         self.kernel.copy(x.data, part.base, flat, at, loops, Conversion(x.dtype, array.dtype, part.math))
-
-
-def _grown(buffer: Bytes, size: int) -> Bytes:
-    return buffer if buffer.size >= size else page_buffer(size)  # so that chunks in it can be written directly
 
 
 def chunks(array: Array, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
