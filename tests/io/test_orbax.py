@@ -492,7 +492,7 @@ def test_an_index_that_was_changed_is_an_error(tmp_path: Path) -> None:
     content = bytearray(index.read_bytes())
     content[100] ^= 1
     index.write_bytes(content)
-    with pytest.raises(ValueError, match="CRC-32C checksum verification failed"):
+    with pytest.raises(RuntimeError, match="CRC-32C checksum verification failed"):
         finish(tmp_path)
 
 

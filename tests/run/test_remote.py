@@ -76,9 +76,9 @@ def here(plan: Plan, output: Path | str, **settings: Any) -> runner.Report:
     return runner.run(loads(text), json.loads(text)["digest"], output, CASE.hf, settings=Settings(1, **settings))
 
 
-def there(plan_file: Path, output: str, *options: str, patch: str = "") -> subprocess.Popen[str]:
+def there(plan_file: Path, output: str, *options: str, patch: str = "", shown: str = "--json") -> subprocess.Popen[str]:
     """`ckptc run` in a process group of its own; `patch` is run before."""
-    command = ["run", str(plan_file), "--source", str(CASE.hf), "--output", output, "--json", *options]
+    command = ["run", str(plan_file), "--source", str(CASE.hf), "--output", output, shown, *options]
     script = f"""\
 import os, signal, time
 from ckptc.cli.main import main
@@ -439,6 +439,7 @@ def test_several_processes_write_one_checkpoint_and_a_rerun_of_another_number_go
     assert noted_units(url) == sum(len(list(a.units())) for a in plan.arrays)
     reports = [done(process) for process in started()]
     assert [(r["process"], r["processes"]) for r in reports] == [(0, 2), (1, 2)]
+    assert reports[0]["stored_bytes"] and reports[1]["stored_bytes"] is None  # which need not ask
     assert_whole(url, local)
     assert {name.split("/")[2] for name in objects(url) if "process_" in name and "array" not in name} == {
         "ocdbt.process_0",
@@ -482,6 +483,34 @@ objects.ObjectStore.start = fail
     assert_unfinished(url)
     here(plan, url)
     assert_whole(url, local)
+
+
+LOST = """\
+spec = objects.ObjectStore.spec
+objects.ObjectStore.spec = lambda self, below: {{
+    **spec(self, below), **({{"bucket": "no-such-bucket"}} if below == "{below}" else {{}})}}
+"""
+
+
+def test_a_store_that_fails_when_indexes_are_read_back_is_said(
+    plan: Plan, plan_file: Path, local: Path, url: str
+) -> None:
+    lost = LOST.format(below="items/ocdbt.process_0/")
+    code, _, err = ended(there(plan_file, url, "--jobs", "1", patch=lost))
+    assert code == 1 and f"error[output-store]: cannot read {url}/0/items/ocdbt.process_0/: " in err
+    assert_unfinished(url)
+    here(plan, url)
+    assert_whole(url, local)
+
+
+def test_a_run_that_has_committed_does_not_fail_for_want_of_a_size(url: str, tmp_path: Path) -> None:
+    packed = compile_case(CASE, memory=MEMORY, compression="zstd:1")
+    (tmp_path / "plan.json").write_text(dumps(packed), "utf-8")
+    lost = LOST.format(below="items/")
+    assert done(there(tmp_path / "plan.json", url, "--jobs", "1", patch=lost))["stored_bytes"] is None
+    assert differences(restored(url), expected_of(CASE)) == []
+    again = there(tmp_path / "plan.json", url, "--jobs", "1", "--force", patch=lost, shown="--quiet")
+    assert f" written as an unknown size to {url}/0 " in ended(again)[1]
 
 
 def test_buffers_count_as_memory(plan: Plan) -> None:

@@ -317,7 +317,8 @@ def balance(balance: Balance) -> str:
 def report(plan: Plan, report: Report) -> str:
     """The line at the end of a run."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
-    compressed = f" as {size(report.stored_bytes)}" if plan.choices.compression != "none" else ""
+    stored = "an unknown size" if report.stored_bytes is None else size(report.stored_bytes)
+    compressed = f" as {stored}" if plan.choices.compression != "none" else ""
     linked = f", {size(report.linked_bytes)} linked" if report.linked_bytes else ""
     if report.process:
         return (

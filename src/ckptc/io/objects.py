@@ -21,7 +21,7 @@ from io import BytesIO
 from typing import Any
 
 from ckptc.diagnostics import InputError, fail
-from ckptc.io.place import Data
+from ckptc.io.place import Data, words
 
 RETRIES = 6  # of a request that failed in passing; with growing pauses, half a minute
 PATIENCE = 300  # seconds that one request may take, retries included; the first of a run has
@@ -53,6 +53,9 @@ class ObjectStore:
         retries = {"max_retries": RETRIES, "initial_delay": "500ms", "max_delay": "16s"}
         context = {"gcs_request_retries": retries} if self._spec["driver"] == "gcs" else {}
         return {**self._spec, "path": self._spec["path"] + below, "context": context}
+
+    def result(self, future: Any, below: str) -> Any:
+        return self._result(future, f"read {self.shown}/{below}")
 
     def probe(self) -> None:
         """Proves that objects can be written here, and deleted: the bucket is there, and open to this user."""
@@ -124,7 +127,7 @@ class ObjectStore:
             try:
                 future = ts.KvStore.open(spec)
             except ValueError as error:  # a bucket's name that cannot be one
-                raise refused(f"open {self.shown}", _words(error)) from None
+                raise refused(f"open {self.shown}", words(error)) from None
             self._opened = os.getpid(), self._result(future, f"open {self.shown}")
         return self._opened[1]
 
@@ -135,17 +138,17 @@ class ObjectStore:
         try:
             return future.result(timeout=patience)
         except TimeoutError:
-            words = f"no answer within {patience:.0f} seconds"
+            said = f"no answer within {patience:.0f} seconds"
         except Exception as error:  # TensorStore has no common class: ValueError, OSError, and its own
-            words = _words(error)
-        raise refused(doing, words)
+            said = words(error)
+        raise refused(doing, said)
 
 
-def refused(doing: str, words: str) -> InputError:
+def refused(doing: str, said: str) -> InputError:
     """`output-store`, to raise: what could not be done, and the store's own words."""
-    if words.startswith("NOT_FOUND"):
+    if said.startswith("NOT_FOUND"):
         help = "create the bucket, or correct its name"
-    elif words.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+    elif said.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
         help = (
             "log in with `gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS; it "
             "takes the right to create, read, list and delete objects"
@@ -153,12 +156,7 @@ def refused(doing: str, words: str) -> InputError:
     else:
         help = "check the URL, the network and the credentials"
     help += "; what is done is kept, and the same command goes on from there"
-    return fail("output-store", f"cannot {doing}: {words}", help=help)
-
-
-def _words(error: Exception) -> str:
-    """What the store says, without where in TensorStore it was said."""
-    return str(error).partition(" [")[0]
+    return fail("output-store", f"cannot {doing}: {said}", help=help)
 
 
 class ObjectData:

@@ -179,8 +179,8 @@ def finish(
 
     Raises:
         RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer, or one that is not
-            among `writers`.
-        ValueError: TensorStore cannot decode an index.
+            among `writers`; an index that TensorStore cannot decode.
+        InputError: what `place` raises.
     """
     chunks = _chunks(arrays)
     files: list[ocdbt.DataFile] = []
@@ -228,10 +228,11 @@ def finish(
 
 
 def indexed_bytes(place: Place) -> int:
-    """Bytes of a checkpoint's chunks and of their index, as the index says itself."""
+    """Bytes of a checkpoint's chunks and of their index, as the index says itself. Raises what `Place.result` does."""
     import tensorstore as ts
 
-    root = ts.ocdbt.dump(ts.KvStore.open(place.spec("items/")).result()).result()["versions"][-1]["root"]
+    store = place.result(ts.KvStore.open(place.spec("items/")), "items/")
+    root = place.result(ts.ocdbt.dump(store), "items/")["versions"][-1]["root"]
     return int(root["statistics"]["num_tree_bytes"]) + int(root["statistics"]["num_indirect_value_bytes"])
 
 
@@ -281,12 +282,12 @@ def _collect(place: Place, number: int, chunks: zarr3.Chunks, files: list[ocdbt.
     metadata = {a.metadata_key: a.metadata for a in chunks.arrays}
     known: dict[str, int] = {}  # the process's files, and their numbers
     ends: dict[str, int] = {}  # where the last chunk of each ends
-    store = ts.KvStore.open(place.spec(root)).result()
-    nodes = [(ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"], b"")]
+    store = place.result(ts.KvStore.open(place.spec(root)), root)
+    nodes = [(place.result(ts.ocdbt.dump(store), root)["versions"][-1]["root"]["location"], b"")]
     while nodes:
         location, prefix = nodes.pop()
         kept.add(root + _located(location)[0])
-        node = ts.ocdbt.dump(store, location).result()
+        node = place.result(ts.ocdbt.dump(store, location), root)
         for entry in node["entries"]:
             if node["height"]:
                 nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))

@@ -49,6 +49,12 @@ class Place(Protocol):
     def spec(self, below: str) -> dict[str, Any]:
         """TensorStore's specification of a key-value store of the files below a name that ends with a slash."""
 
+    def result(self, future: Any, below: str) -> Any:
+        """What TensorStore answers to a request to such a store.
+
+        Raises RuntimeError with its words, or InputError where it is the place that fails.
+        """
+
     def data(self, below: str, files: Sequence[str], end: int) -> Data:
         """The data files of a writer: `files` that are kept of an earlier one, whose last chunk ends at `end`; with no
         `files`, all that is there is nobody's.
@@ -91,6 +97,12 @@ class Directory:
     def spec(self, below: str) -> dict[str, Any]:
         return {"driver": "file", "path": f"{self.root.absolute()}/{below}"}
 
+    def result(self, future: Any, below: str) -> Any:
+        try:
+            return future.result()
+        except Exception as error:  # TensorStore has no common class: ValueError, OSError, and its own
+            raise RuntimeError(f"{below} cannot be read: {words(error)}") from None
+
     def data(self, below: str, files: Sequence[str], end: int) -> Data:
         return _OneFile(self.root / below, files, end)
 
@@ -100,6 +112,11 @@ class Directory:
             if path.name not in took_part:
                 raise RuntimeError(f"{path.name} is there, but took no part")
         shutil.rmtree(self.root / "items" / "d", ignore_errors=True)  # an index that was interrupted
+
+
+def words(error: Exception) -> str:
+    """What TensorStore says, without where in it that was said."""
+    return str(error).partition(" [")[0]
 
 
 class _OneFile:

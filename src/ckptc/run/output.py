@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,8 +101,8 @@ class Output(Protocol):
     def held(self) -> int:
         """Bytes that a worker holds for writing, beside its unit of work."""
 
-    def stored_bytes(self) -> int:
-        """What the checkpoint takes there, once it is committed."""
+    def stored_bytes(self) -> int | None:
+        """What the checkpoint takes there, once it is committed; None where that cannot be told, which is no failure."""
 
     def error(self, error: OSError) -> Exception:
         """What to raise when the system has refused something on the way."""
@@ -164,8 +165,10 @@ class LocalOutput:
     def held(self) -> int:
         return 0
 
-    def stored_bytes(self) -> int:
-        return sum(p.stat().st_size for p in self._final.rglob("*") if p.is_file())
+    def stored_bytes(self) -> int | None:
+        with suppress(OSError):
+            return sum(p.stat().st_size for p in self._final.rglob("*") if p.is_file())
+        return None
 
     def error(self, error: OSError) -> Exception:
         return output_error(self.path, error)

@@ -110,8 +110,10 @@ class RemoteOutput:
     def held(self) -> int:
         return 2 * max(self._store.object_bytes, largest_chunk(self._plan))
 
-    def stored_bytes(self) -> int:
-        return indexed_bytes(self._store.below(f"{STEP}/"))
+    def stored_bytes(self) -> int | None:
+        with suppress(InputError):
+            return indexed_bytes(self._store.below(f"{STEP}/"))
+        return None
 
     def error(self, error: OSError) -> Exception:
         return output_error(self._url, error)

@@ -32,7 +32,7 @@ class Report:
     """What a run did."""
 
     output: str
-    stored_bytes: int  # what it takes
+    stored_bytes: int | None  # what it takes; None where that cannot be told, and for processes other than 0
     read_bytes: int
     write_bytes: int
     seconds: float
@@ -103,7 +103,7 @@ def run(
         raise where.error(error) from None
     return Report(
         output=where.step,
-        stored_bytes=where.stored_bytes(),
+        stored_bytes=None if peers.process else where.stored_bytes(),
         read_bytes=sum(x.read for x in done),
         write_bytes=sum(x.written for x in done),
         seconds=time.perf_counter() - started,
