@@ -100,6 +100,33 @@ def test_an_object_that_is_gone_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "commit_success.txt").exists()
 
 
+@pytest.mark.parametrize("looks", [0, 1])
+def test_what_must_not_be_finished_is_looked_for_before_anything_goes_and_before_the_markers(
+    tmp_path: Path, looks: int
+) -> None:
+    place, count = store(tmp_path), iter(range(3))
+    writer = ItemsWriter(place, [SPEC])
+    for k in range(10):
+        writer.write_chunk(0, (k, 0), memoryview(bytes([k] * 100)))
+    writer.close()
+    for name in ("commit_success.txt", "items/other"):
+        place.write(name, b"x")
+    before = files(tmp_path)
+
+    def check() -> None:
+        if next(count) == looks:
+            raise KeyError("not now")
+
+    with pytest.raises(KeyError, match="not now"):
+        orbax.finish(place, [SPEC], custom_metadata={}, final="store://x", check=check)
+    after = files(tmp_path)
+    if looks == 0:
+        assert after == before
+    else:
+        assert "items/manifest.ocdbt" in after and "items/other" not in after
+        assert [name for name in after if name.endswith(("commit_success.txt", "_CHECKPOINT_METADATA"))] == []
+
+
 def test_an_older_checkpoint_is_unfinished_before_anything_else_of_it_goes(tmp_path: Path) -> None:
     place = store(tmp_path)
     older = ["commit_success.txt", "_CHECKPOINT_METADATA", "items/commit_success.txt", "items/_METADATA", "items/d/1"]

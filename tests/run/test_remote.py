@@ -420,6 +420,58 @@ def test_of_two_runs_the_later_one_goes_on_and_the_earlier_fails(
     assert sums(objects(url)["0/_CHECKPOINT_METADATA"]) == sums((local / "0" / "_CHECKPOINT_METADATA").read_bytes())
 
 
+def paused(plan_file: Path, url: str, at: str, signs: Path) -> subprocess.Popen[str]:
+    """A run that stops before it writes one of its last objects; it goes on once `go` is among the `signs`."""
+    patch = f"""\
+from pathlib import Path
+write, signs = objects.ObjectStore.write, Path({str(signs)!r})
+def pausing(self, name, *parts):
+    if name == {at!r}:
+        (signs / "there").touch()
+        while not (signs / "go").exists():
+            time.sleep(0.01)
+    write(self, name, *parts)
+objects.ObjectStore.write = pausing
+"""
+    process = there(plan_file, url, "--jobs", "1", patch=patch)
+    wait_for(lambda: (signs / "there").exists() or process.poll() is not None)
+    return process
+
+
+def open_and_die(plan_file: Path, url: str) -> None:
+    patch = "after(remote.RemoteOutput, 'open')"
+    assert ended(there(plan_file, url, "--jobs", "1", patch=patch))[0] == -signal.SIGKILL
+
+
+def test_a_run_that_is_overtaken_while_it_finishes_commits_nothing(
+    plan: Plan, plan_file: Path, local: Path, url: str, tmp_path: Path
+) -> None:
+    process = paused(plan_file, url, "items/array_metadatas/process_0", tmp_path)
+    open_and_die(plan_file, url)
+    unfinished = {name: text for name, text in objects(url).items() if "unfinished" in name}
+    (tmp_path / "go").touch()
+    code, _, err = ended(process)
+    assert code == 1 and f"error[output-busy]: another run has begun to write to {url}" in err
+    assert_unfinished(url)
+    assert {name: text for name, text in objects(url).items() if "unfinished" in name} == unfinished
+    assert here(plan, url).read_bytes == 0  # all was noted
+    assert_whole(url, local)
+
+
+def test_a_run_that_is_overtaken_at_its_last_object_leaves_a_checkpoint_and_the_other_s_work(
+    plan: Plan, plan_file: Path, local: Path, url: str, tmp_path: Path
+) -> None:
+    process = paused(plan_file, url, "commit_success.txt", tmp_path)
+    open_and_die(plan_file, url)
+    unfinished = {name: text for name, text in objects(url).items() if "unfinished" in name}
+    (tmp_path / "go").touch()
+    done(process)
+    assert differences(restored(url), expected_of(CASE)) == []
+    assert {name: text for name, text in objects(url).items() if "unfinished" in name} == unfinished
+    here(plan, url)
+    assert_whole(url, local)
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +167,7 @@ def finish(
     started: int | None = None,
     linked: Sequence[LinkedChunks] = (),
     linked_files: Sequence[str] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Join what closed writers left in `place` into a checkpoint. Of a local directory, only its name is missing then;
     in an object store, the checkpoint is there with the last file that this writes.
@@ -174,8 +175,9 @@ def finish(
     `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory or URL that commit markers name.
     `writers`: the numbers of those that have written something, by default of all that are there. `mesh`: see
     `sharding_metadata`. `started`: when the conversion began, nanoseconds since the Unix epoch. `linked`: chunks that no
-    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. May be called again after
-    it failed or was interrupted.
+    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. `check` is called before
+    what is there makes way, and before the markers: it raises when that must not be. May be called again after it failed
+    or was interrupted.
 
     Raises:
         RuntimeError: a chunk is missing, is there twice, or is not as `arrays` has it; an open writer, or one that is not
@@ -198,6 +200,7 @@ def finish(
     if missing:
         raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
 
+    check()
     place.supersede(kept)
     scalar = [  # the leaf `step`: Orbax stores it as an int64 without axes
         ocdbt.Entry(b"step/c", step.to_bytes(8, "little", signed=True)),
@@ -219,11 +222,16 @@ def finish(
         "items/_METADATA": json.dumps(tree_metadata(arrays)),
         "items/_sharding": json.dumps(sharding, separators=(",", ":")),
         "items/array_metadatas/process_0": json.dumps(array_metadatas(arrays)),
+    }
+    markers = {
         "items/commit_success.txt": f"Checkpoint commit was successful to {final}/items",
         "_CHECKPOINT_METADATA": json.dumps(checkpoint),
         "commit_success.txt": f"Checkpoint commit was successful to {final}",
     }
     for name, text in texts.items():
+        place.write(name, text.encode())
+    check()
+    for name, text in markers.items():
         place.write(name, text.encode())
 
 

@@ -38,6 +38,13 @@ class Journal(Protocol):
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None: ...
 
 
+class Finish(Protocol):
+    """Writes a checkpoint's index and metadata."""
+
+    def __call__(self, check: Callable[[], None] = ...) -> None:
+        """`check`: what `ckptc.io.orbax.finish` calls before it goes on."""
+
+
 class Unfinished(Protocol):
     """An output's unfinished run."""
 
@@ -64,9 +71,7 @@ class Unfinished(Protocol):
     def shows(self, numbers: Sequence[int]) -> bool:
         """Whether what closed writers have left can be seen from here."""
 
-    def complete(
-        self, finish: Callable[[], None], before_commit: Callable[[Path], None], check: Callable[[], None]
-    ) -> None:
+    def complete(self, finish: Finish, before_commit: Callable[[Path], None], check: Callable[[], None]) -> None:
         """Has `finish` write the checkpoint's index and metadata, and commits. `check` raises when it must not be."""
 
     def forget(self) -> None:

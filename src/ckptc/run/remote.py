@@ -10,8 +10,15 @@ There is no lock in an object store. A run that opens an output writes its name 
 there still: of two runs at a time, the one that began later goes on, with what the other had done by then, and the other
 fails at its end. Objects have random names, so neither writes over the other's.
 
-A journal's object is written after the data objects it speaks of, so what it says can be trusted, and what none speaks of
-is deleted by the next run, or by the commit where there is an older checkpoint, whose objects are to stay until then.
+A run that is opened while another writes its last objects may come too late for that one's last look at `plan`. So no run
+deletes anything of a checkpoint before its own commit: the other's is whole then, and makes way for the later one's in
+order, its markers first. What is left is that the later one does all its work, up to its commit, between the other's last
+look and its last marker, three small objects further: that marker would speak of a checkpoint that is being replaced,
+until the replacement has its own. A conditional write could not prevent it, as the next run could not tell whether who
+has claimed `plan` with one is alive.
+
+A journal's object is written after the data objects it speaks of, so what it says can be trusted. What none speaks of,
+and an older checkpoint, is deleted by the commit.
 
 TensorStore keeps threads once it is used, and workers are forked: what a run does before them, it does in a child.
 """
@@ -36,7 +43,7 @@ from ckptc.plan.model import Plan
 from ckptc.run import checksum
 from ckptc.run.apart import apart
 from ckptc.run.journal import UNFINISHED, output_error
-from ckptc.run.output import STEP, Journal, Unfinished, exists, largest_chunk
+from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_chunk
 from ckptc.run.peers import Alone
 
 OBJECT_BYTES = 64 << 20  # of a data object at most, and of
@@ -152,18 +159,25 @@ class RemoteUnfinished:
     def shows(self, numbers: Sequence[int]) -> bool:
         return True  # what has been written is seen by all at once
 
-    def complete(
-        self, finish: Callable[[], None], before_commit: Callable[[Path], None], check: Callable[[], None]
-    ) -> None:
-        """Has `finish` write what makes a checkpoint of the chunks."""
-        check()
+    def complete(self, finish: Finish, before_commit: Callable[[Path], None], check: Callable[[], None]) -> None:
+        """Has `finish` write what makes a checkpoint of the chunks, as long as no other run has been opened."""
+
+        def check_all() -> None:
+            check()
+            if not self._is_latest():
+                help = "let that one end; it has what this one had done until then"
+                raise fail("output-busy", f"another run has begun to write to {self.store.shown}", help=help)
+
+        check_all()
+        finish(check_all)
+
+    def _is_latest(self) -> bool:
         plan = _read_plan(self.store)
-        if plan is None or plan.run != self.run:
-            help = "let that one end; it has what this one had done until then"
-            raise fail("output-busy", f"another run has begun to write to {self.store.shown}", help=help)
-        finish()
+        return plan is not None and plan.run == self.run
 
     def forget(self) -> None:
+        if not self._is_latest():
+            return  # it is another's by now
         self.store.delete([name for name in self.store.names(_STATE) if name != _PLAN])
         self.store.delete([_PLAN])  # last: until then, the next run knows that it has only to tidy up
 
@@ -219,8 +233,6 @@ def _open(store: ObjectStore, digest: str, restart: bool, replace: bool, started
     if goes_on:
         found.take(store, [_JOURNALS])
     store.delete([name for name in journals if name not in found.taken])
-    if not older:  # else it is not known whose the objects are
-        store.delete(sorted(there - found.objects()))
     return {"run": run, "started": started, "done": sorted(found.units), "writers": found.told(), "committed": False}
 
 
@@ -274,9 +286,6 @@ class _Found:
         self._entries[writer] += [Entry(key, offset, n, numbers[file]) for key, offset, n, file in chunks]
         for array, value in sums:
             self.sums[array] = checksum.add(self.sums[array], value)
-
-    def objects(self) -> set[str]:
-        return {_object(writer, file) for writer, files in self._files.items() for file in files}
 
     def told(self) -> dict[int, Any]:
         """The writers' states, as JSON."""

@@ -139,7 +139,7 @@ def _lead(
             done = gather(peers, unfinished, work.execute())
             writers = [k for x in done for k in x.writers]
 
-            def join() -> None:
+            def join(check: Callable[[], None] = lambda: None) -> None:
                 with _damage(output):
                     finish(
                         unfinished.place,
@@ -151,6 +151,7 @@ def _lead(
                         mesh=plan.choices.mesh or ONE_DEVICE,
                         linked=linked.chunks,
                         linked_files=list(linked.files),
+                        check=check,
                     )
 
             unfinished.complete(join, before_commit, peers.check)
