@@ -53,6 +53,19 @@ def test_chunks_end_where_padding_begins_if_they_stay_large() -> None:
     assert padded(128256, 128260) == (2004, EMBED)  # 4 rows of 8 kB are too small: the last chunk straddles
 
 
+@pytest.mark.parametrize("budget", [4 << 20, 16 << 20, BUDGET])
+def test_a_chunk_that_must_be_made_fits_in_the_budget_four_times(budget: int) -> None:
+    """As it is read, made while another is written, and as that is turned into the order that it is stored in."""
+    rows, size = 128256, 128260
+    parts = (
+        Part(0, 0, 0, (whole(EMBED, 1), whole(rows, EMBED))),
+        Part(None, 0, 0, (whole(EMBED, 0), AxisMap(rows, (Factor(size - rows, 1, 0),)))),
+    )
+    source = Source("bfloat16", (rows, EMBED), (0,))
+    chunk, order = choose(content((EMBED, size), source, parts), (1, 1), budget) or ((), ())
+    assert order == (1, 0) and 4 * chunk[0] * chunk[1] * 2 <= budget
+
+
 def test_what_lies_in_small_pieces_is_copied() -> None:
     """A permutation inside of heads leaves single rows of 8 kB."""
     inside = AxisMap(0, (Factor(64, 2, EMBED), Factor(2, 1, 64 * EMBED)))

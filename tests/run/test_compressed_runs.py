@@ -101,7 +101,8 @@ def test_the_plan_accounts_for_encoded_chunks() -> None:
     assert compressed.totals.peak_memory_bytes > plain.totals.peak_memory_bytes
     assert "compression" not in json.loads(dumps(plain))["choices"]
     for memory in (1 << 14, 1 << 16):
-        assert compile_case(CASE, memory=memory, compression="blosc-lz4").totals.peak_memory_bytes <= memory // 4
+        peak = compile_case(CASE, memory=memory, compression="blosc-lz4").totals.peak_memory_bytes
+        assert peak <= 3 * memory // 8  # an eighth each: what is read, two chunks, one of them encoded
 
 
 def test_links_a_mesh_and_compression_go_together(tmp_path: Path) -> None:

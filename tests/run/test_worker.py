@@ -102,7 +102,7 @@ def plan_for(directory: Path, made: Made, chunk: Shape, unit: Shape, stored: dic
     array = Target(
         ("array",), type_.shape, type_.dtype, chunk, unit, ones, (), "", (), tuple(sources), tuple(made.parts)
     )  # fmt: skip
-    read, peak = account(array)
+    cost = account(array)
     return Plan(
         model.Made("", "", "", "", "", None),
         model.Choices("scanned", made.type.dtype, False, 1, 0, "hub", ()),
@@ -110,7 +110,7 @@ def plan_for(directory: Path, made: Made, chunk: Shape, unit: Shape, stored: dic
         tuple(model.Tensor(t.name, t.file, t.begin, t.end) for t in checkpoint.tensors.values()),
         (array,),
         (),
-        model.Totals(1, len(tensors), made.type.size, read, array.nbytes, peak),
+        model.Totals(1, len(tensors), made.type.size, cost.read, array.nbytes, cost.buffers),
     )
 
 
@@ -136,7 +136,7 @@ def run(plan: Plan, directory: Path) -> Ran:
             made = sum(worker.make(number, box) for box in array.units())
             assert made == array.nbytes
         ran.bytes_read, ran.reads = reader.bytes_read, reader.reads
-        ran.held = worker._held.size
+        ran.held = worker._held.size + sum(chunk.size for chunk in worker._chunks)
     for number, array in enumerate(plan.arrays):
         grid = np.prod([-(-n // c) for n, c in zip(array.shape, array.chunk, strict=True)], dtype=int)
         assert len([1 for other, _ in seen if other == number]) == grid

@@ -23,9 +23,9 @@ from ckptc.compile.schedule import (
     ACCOUNTED_MOST,
     TooManyUnitsError,
     account,
-    encoded_bytes,
     fit,
     shard_counts,
+    stored_bytes,
     unit_budget,
 )
 from ckptc.diagnostics import fail
@@ -94,18 +94,17 @@ def _left_out(graph: Graph, checkpoint: Checkpoint | None) -> tuple[plan.LeftOut
 
 
 def _totals(arrays: tuple[plan.Array, ...], table: _Table, compressed: bool) -> plan.Totals:
-    peak, reads = 0, []
-    for array in arrays:
-        read, buffers = account(array) if array.link is None else link.account(array)
-        reads.append(read)
-        peak = max(peak, buffers + (encoded_bytes(array) if compressed and array.link is None else 0))
+    accounts = [account(array) if array.link is None else link.account(array) for array in arrays]
+    reads = [a.read for a in accounts]
+    stored = [stored_bytes(x, compressed) for x, a in zip(arrays, accounts, strict=True) if a.buffers]
+    peak = max((a.held for a in accounts), default=0) + max((a.made for a in accounts), default=0)
     return plan.Totals(
         arrays=len(arrays),
         tensors=len(table.rows),
         parameters=sum(prod(a.shape) for a in arrays),
         read_bytes=sum(reads),
         write_bytes=sum(a.nbytes for a in arrays),
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peak + max(stored, default=0),
         linked_bytes=sum(map(links.linked_bytes, arrays)),
         reread_bytes=_reread(arrays, reads, table),
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import gcd, prod
 
+from ckptc.compile.schedule import Account
 from ckptc.ops.nest import AxisMap, Part, joined, restrict_part
 from ckptc.ops.types import itemsize
 from ckptc.plan import links
@@ -37,14 +38,15 @@ def choose(content: Content, shards: tuple[int, ...], budget: int) -> Layout | N
     if main is None or main.source is None:
         return None
     item = itemsize(content.dtype)
-    chunk, order = _grow(content.shape, main, content.parts, shards, item, min(MOST, budget // 2))
+    chunk, order = _grow(content.shape, main, content.parts, shards, item, min(MOST, budget // 4))
     if prod(chunk) * item < LEAST and prod(chunk) < prod(content.sources[main.source].shape):
         return None
     linked = links.of(content, chunk, order).cells.size
     grid = [-(-n // c) for n, c in zip(content.shape, chunk, strict=True)]
     if 2 * linked * prod(chunk) < prod(content.shape) or prod(grid) - linked > MADE_MOST:
         return None
-    if _account(content, chunk, order)[1] > budget:
+    needed = _account(content, chunk, order)
+    if needed.held + 3 * needed.made // 2 > budget:  # a chunk is held once more, in the order that it is stored in
         return None
     return chunk, order
 
@@ -101,20 +103,20 @@ def _divisor(size: int, most: int) -> int:
     return max(d for k in range(1, int(size**0.5) + 1) if size % k == 0 for d in (k, size // k) if d <= most)
 
 
-def account(array: Array) -> tuple[int, int]:
-    """Bytes read for the chunks that are made, and bytes of buffers of the largest of them, as `schedule.account`."""
+def account(array: Array) -> Account:
+    """What the chunks that are made take, as `schedule.account`."""
     assert array.link is not None
     return _account(array.content, array.chunk, array.link)
 
 
 @lru_cache(maxsize=4096)
-def _account(content: Content, chunk: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, int]:
+def _account(content: Content, chunk: tuple[int, ...], order: tuple[int, ...]) -> Account:
     linked = links.of(content, chunk, order).cells
-    read = peak = 0
+    read = held = made = 0
     for box in links.others(content.shape, chunk, linked):
         inside = [p for part in content.parts for p in restrict_part(part, box)]
         needs = [need(p, content.sources[p.source]) for p in inside if p.source is not None]
         read += sum(n.read for n in needs)
-        # What is made is held once more, in the order that it is stored in.
-        peak = max(peak, sum(n.memory for n in needs) + 2 * prod(chunk) * itemsize(content.dtype))
-    return read, peak
+        held = max(held, sum(n.memory for n in needs))
+        made = 2 * prod(chunk) * itemsize(content.dtype)
+    return Account(read, held, made)

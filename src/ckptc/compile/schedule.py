@@ -15,11 +15,13 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import product
 from math import isqrt, prod
+from typing import NamedTuple
 
 from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array, Content
-from ckptc.plan.reads import need, plan_read, tensors_of
+from ckptc.plan import links
+from ckptc.plan.model import Array, Box, Content
+from ckptc.plan.reads import in_order, need, plan_read, tensors_of
 
 UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
 UNIT_MOST = 64 << 20  # and at most this many bytes: larger reads gain nothing
@@ -48,9 +50,12 @@ def unit_budget(memory: int, compressed: bool = False) -> int:
     return most // 2 if compressed else most
 
 
-def encoded_bytes(array: Array) -> int:
-    """Bytes of buffers that encoding a chunk takes."""
-    return 2 * prod(array.chunk) * itemsize(array.dtype)
+def stored_bytes(array: Array, compressed: bool) -> int:
+    """Bytes of buffers in which a chunk gets the form that it is stored in: compressed (two), filled up where it reaches
+    past the array's edge, in the order of axes that links have."""
+    copies = 1 if array.link is not None else 2 if compressed else 0
+    copies += any(n % c for n, c in zip(array.shape, array.chunk, strict=True))
+    return copies * prod(array.chunk) * itemsize(array.dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -69,7 +74,7 @@ def fit(
         row = needed.rows.layout.length if needed.rows else 0
     limit = max(1, budget // cost)
     best = last = _choose(shape, parts, shards, limit, row, whole)
-    least = peak = _account(content, last[1])[1]
+    least = peak = _account(content, *last).buffers
     while least > budget and limit > 1:
         limit = max(1, min(limit * 9 // 10, limit * budget // peak))
         smaller = _choose(shape, parts, shards, limit, row, whole)
@@ -78,7 +83,7 @@ def fit(
         last = smaller
         if prod(-(-n // u) for n, u in zip(shape, last[1], strict=True)) > UNITS_MOST:
             break
-        peak = _account(content, last[1])[1]
+        peak = _account(content, *last).buffers
         if peak < 0.95 * least:  # else it only reads the same more often
             best, least = last, peak
     return best
@@ -149,17 +154,26 @@ def read_ratio(parts: tuple[Part, ...]) -> float:
     return plan_read(main).size * len(tensors_of(main)) / main.size if main else 0.0
 
 
-def account(array: Array) -> tuple[int, int]:
-    """Bytes the array's units read in total, and bytes of buffers the largest of them uses.
+class Account(NamedTuple):
+    """What the units of an array take. A worker keeps its buffers, and so has the largest of each sort at once."""
 
-    Buffers hold what a unit reads and decodes, and what it makes.
-    """
-    return _account(array.content, array.unit)
+    read: int  # bytes that all units read
+    held: int  # bytes of buffers for what a unit reads and decodes, at most
+    made: int  # bytes of buffers that its chunks are made in: two of them, for one is written while the next is made
+
+    @property
+    def buffers(self) -> int:
+        return self.held + self.made
+
+
+def account(array: Array) -> Account:
+    """What the array's units take."""
+    return _account(array.content, array.chunk, array.unit)
 
 
 @lru_cache(maxsize=4096)
-def _account(content: Content, unit: tuple[int, ...]) -> tuple[int, int]:
-    read, peak, shape = 0, 0, content.shape
+def _account(content: Content, chunk: tuple[int, ...], unit: tuple[int, ...]) -> Account:
+    read, held, made, shape = 0, 0, 0, content.shape
     axes, times = _repeated(shape, unit, content.parts)
     ranges = [range(1) if a in axes else range(0, n, u) for a, (n, u) in enumerate(zip(shape, unit, strict=True))]
     if prod(map(len, ranges)) > ACCOUNTED_MOST:
@@ -169,9 +183,17 @@ def _account(content: Content, unit: tuple[int, ...]) -> tuple[int, int]:
         inside = [p for part in content.parts for p in restrict_part(part, box)]
         needs = [need(p, content.sources[p.source]) for p in inside if p.source is not None]
         read += sum(n.read for n in needs) * times
-        made = prod(high - low for low, high in box) * itemsize(content.dtype)
-        peak = max(peak, sum(n.memory for n in needs) + made)
-    return read, peak
+        held = max(held, sum(n.memory for n in needs))
+        if not (chunk == unit and _ready(inside, box, content)):
+            largest = prod(min(c, high - low) for c, (low, high) in zip(chunk, box, strict=True))
+            made = max(made, 2 * largest * itemsize(content.dtype))
+    return Account(read, held, made)
+
+
+def _ready(inside: list[Part], box: Box, content: Content) -> bool:
+    """Whether a unit of one chunk is written from where it was read."""
+    shape = [high - low for low, high in box]
+    return len(inside) == 1 and links.plain(inside[0], content) and in_order(inside[0], shape)
 
 
 def _repeated(shape: tuple[int, ...], unit: tuple[int, ...], parts: tuple[Part, ...]) -> tuple[set[int], int]:

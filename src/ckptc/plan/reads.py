@@ -157,6 +157,13 @@ def plan_read(part: Part) -> Read:
     return _runs(part.base, [(f.size, f.step) for f in element_loops(part)])
 
 
+def in_order(part: Part, shape: Sequence[int]) -> bool:
+    """Whether what is read of a part, of one tensor after the other, is a row-major array of this shape."""
+    loops = [f for axis in part.axes for f in axis.factors if f.size > 1]
+    as_read = [f for f in (*tensor_loops(part), *element_loops(part)) if f.size > 1]
+    return loops == as_read and prod(shape) == part.size == plan_read(part).size * len(tensors_of(part))
+
+
 def _runs(start: int, loops: Sequence[tuple[int, int]]) -> Read:
     """From the innermost loop outwards, a loop joins the run while its gaps are short and within WASTE."""
     needed, extent, outer = 1, 1, len(loops)
