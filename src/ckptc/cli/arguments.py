@@ -93,7 +93,8 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         metavar="SIZE",
         help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 256MiB). "
         "The interpreter and its libraries, some 150 MB, are not counted. No unit of work uses more than a quarter of "
-        "it",
+        "it. A worker whose units are not tiny takes 14 MiB more, to read and write past the page cache; as many run as "
+        "fit, and always one",
     )
     parser.add_argument(
         "--link",

@@ -8,11 +8,12 @@ from math import prod
 from pathlib import Path
 
 from ckptc.diagnostics import fail
-from ckptc.io.bulk import place
+from ckptc.io.bulk import BOUNCE, HUGE, LEAST, place
 from ckptc.io.compression import NONE
 from ckptc.io.orbax import ItemsWriter
 from ckptc.io.orbax_metadata import ArraySpec
 from ckptc.io.ranges import RangeReader
+from ckptc.io.uncached import PIECE
 from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
@@ -60,7 +61,7 @@ class Work:
         self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self.units = forwards(plan)
         self.todo = divided(peers, plan, self.units, [n for n in range(len(self.units)) if n not in unfinished.done])
-        held = plan.totals.peak_memory_bytes + output.held()
+        held = worker_bytes(plan.totals.peak_memory_bytes) + output.held()
         fitting = max(1, plan.choices.memory // max(1, held))
         self.jobs = max(1, min(jobs, fitting, len(self.todo)))
         self.shared = Shared(self.jobs)
@@ -143,6 +144,12 @@ class Work:
                 tick()
         if not self.shared.stopped:
             writer.close()
+
+
+def worker_bytes(buffers: int) -> int:
+    """Bytes that a worker holds, whose plan asks for so many: with what it has to read and write past the page cache, and
+    up to a huge page more for each of its three buffers, unless all that it reads and makes is too small for either."""
+    return buffers if buffers < LEAST else buffers + PIECE + BOUNCE + 3 * HUGE
 
 
 def _array_spec(array: Array, plan: Plan) -> ArraySpec:
