@@ -103,9 +103,8 @@ def evaluate(plan: Plan, source: Path, numbers: Iterable[int] | None = None) -> 
     files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
     with RangeReader(source, files) as reader:
         worker = Worker(plan, reader, sink, lambda: None)
-        for number in wanted:
-            for box in plan.arrays[number].units():
-                worker.make(number, box)
+        for _ in worker.make((0, number, box) for number in wanted for box in plan.arrays[number].units()):
+            pass
     return {plan.arrays[number].name: array for number, array in made.items()}
 
 

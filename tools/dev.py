@@ -75,11 +75,12 @@ def demo() -> None:
     run("python", "tools/demo.py", programs=programs)
 
 
-def test(extras: str, pytest: list[str]) -> None:
+def test(extras: str, lint: bool, pytest: list[str]) -> None:
     programs = environment(f"[{extras}]")
-    run("ruff", "check", ".", programs=programs)
-    run("ruff", "format", "--check", ".", programs=programs)
-    run("mypy", programs=programs)
+    if lint:
+        run("ruff", "check", ".", programs=programs)
+        run("ruff", "format", "--check", ".", programs=programs)
+        run("mypy", programs=programs)
     run("pytest", "-n", str(os.cpu_count() or 1), *pytest, programs=programs)
 
 
@@ -97,16 +98,17 @@ def main() -> None:
         default="dev",
         help="extras to install for `test` (default: dev; `dev,transformers` adds the tests that need them)",
     )
+    parser.add_argument("--no-lint", action="store_true", help="`test` without ruff and mypy")
     parser.add_argument("--oldest", action="store_true", help="`test` with the oldest libraries, without linters")
     args, rest = parser.parse_known_args()
-    if args.what == "demo" and args.oldest:
-        parser.error("--oldest belongs to `test`")
+    if args.what == "demo" and (args.oldest or args.no_lint):
+        parser.error("--oldest and --no-lint belong to `test`")
     if args.what == "demo":
         demo()
     elif args.oldest:
         test_oldest(rest)
     else:
-        test(args.extras, rest)
+        test(args.extras, not args.no_lint, rest)
 
 
 if __name__ == "__main__":

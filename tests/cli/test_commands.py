@@ -104,7 +104,7 @@ def test_summary(ckptc: Command, mapping: str, source: str) -> None:
     assert "tiny (tiny), scanned, bfloat16" in done.out
     assert "reads   160 B of 3 tensors" in done.out
     assert "writes  160 B in 2 arrays, 80 parameters" in done.out
-    assert "within a budget of 268 MB" in done.out
+    assert "within a budget of 537 MB" in done.out
     for rule in ("decoder: mlp/wo/kernel", "token_embedder/embedding"):
         assert sum(line.startswith(rule + " ") for line in done.out.splitlines()) == 1, "one line for each rule"
     assert "`ckptc run plan.json --output DIR` executes it" in done.out
@@ -371,7 +371,7 @@ def test_a_machine_without_memory_is_an_error_with_advice(
     def make(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("ckptc.run.worker.Worker.make", make)
+    monkeypatch.setattr("ckptc.run.worker.Worker._make", make)
     done = ckptc(*CONVERT, "--output", "out", "--jobs", "1")
     assert (done.code, done.out) == (1, "")
     assert "error[out-of-memory]" in done.err and "--memory" in done.err
@@ -417,7 +417,7 @@ def test_top_help_lists_the_commands_and_the_exit_codes(ckptc: Command) -> None:
 def test_help_says_what_memory_counts(command: str, ckptc: Command) -> None:
     out = " ".join(ckptc(command, "--help").out.split())
     assert "--memory SIZE budget for buffers: source bytes read and target bytes made, of all units in flight" in out
-    assert "(default: 256MiB)" in out
+    assert "(default: 512MiB)" in out
     assert "are not counted" in out
 
 

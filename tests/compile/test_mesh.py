@@ -134,7 +134,7 @@ def test_shards_are_whole_chunks_within_the_budget(model: str, mesh: str) -> Non
     assert plan.totals.peak_memory_bytes <= plan.choices.memory
     for a in plan.arrays:
         for size, shards, chunk, unit in zip(a.shape, a.shards, a.chunk, a.unit, strict=True):
-            assert size % shards == 0 and size // shards % chunk == 0, a.name
+            assert shards == 1 or (size % shards == 0 and size // shards % chunk == 0), a.name
             assert unit % chunk == 0 or unit == size, a.name
     assert any(prod(a.shards) == prod(n for _, n in plan.choices.mesh) for a in plan.arrays)
 

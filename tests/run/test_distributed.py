@@ -26,8 +26,8 @@ from restoring import restored
 CASE = next(case for case in known_cases() if case.id == "qwen3_moe.scan")
 SECONDS = 100  # that anything here may take on a slow machine
 SLOW = """\
-made = worker.Worker.make
-worker.Worker.make = lambda *a: (time.sleep(0.02), made(*a))[1]
+made = worker.Worker._make
+worker.Worker._make = lambda *a: (time.sleep(0.02), made(*a))[1]
 """
 
 
@@ -193,7 +193,7 @@ def test_a_machine_that_dies_is_missed(processes: Run, plan_file: Path, tmp_path
 
 
 def test_a_failure_anywhere_is_said_everywhere(processes: Run, plan_file: Path, tmp_path: Path) -> None:
-    broken = "def full(*_): raise OSError(28, 'No space left on device')\nworker.Worker.make = full"
+    broken = "def full(*_): raise OSError(28, 'No space left on device')\nworker.Worker._make = full"
     for process in range(3):
         processes.start(plan_file, tmp_path / "out", process, 3, patch=broken if process == 2 else SLOW)
     first, second, third = processes.ended()

@@ -91,8 +91,8 @@ main({command!r})
 
 
 SLOW = """\
-made = worker.Worker.make
-worker.Worker.make = lambda *a: (time.sleep(0.004), made(*a))[1]
+made = worker.Worker._make
+worker.Worker._make = lambda *a: (time.sleep(0.004), made(*a))[1]
 """
 
 
@@ -232,15 +232,15 @@ def test_a_run_killed_while_it_tidies_up_has_its_output(
 
 
 def test_units_that_are_done_are_not_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, units, output = worker.Worker.make, [], tmp_path / "out"
+    made, units, output = worker.Worker._make, [], tmp_path / "out"
 
-    def make(self: Any, number: int, box: Any) -> int:
+    def make(self: Any, key: int, number: int, box: Any, loaded: Any) -> tuple[int, int]:
         if len(units) == 100:
             raise KeyboardInterrupt
         units.append((number, box))
-        return made(self, number, box)
+        return made(self, key, number, box, loaded)
 
-    monkeypatch.setattr(worker.Worker, "make", make)
+    monkeypatch.setattr(worker.Worker, "_make", make)
     with pytest.raises(KeyboardInterrupt):
         here(plan, output)
     first = units[:]
@@ -391,7 +391,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_the_same_command_goes_on(
     plan: Plan, plan_file: Path, sums: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    patch = "made = worker.Worker.make\nworker.Worker.make = lambda s, n, b: die() if n == 9 else made(s, n, b)"
+    patch = "made = worker.Worker._make\nworker.Worker._make = lambda s, k, n, b, x: die() if n == 9 else made(s, k, n, b, x)"
     code, err = ended(there(plan_file, output, "--jobs", "2", patch=patch))
     assert code == 1 and "error[worker-died]: a worker process was killed (signal 9)" in err
     assert "Traceback" not in err and done_units(output) > 0
@@ -453,19 +453,19 @@ def test_ctrl_c_keeps_what_is_done(plan_file: Path, sums: dict[str, str], tmp_pa
 
 def test_a_source_that_goes_away_half_way_is_an_input_error(plan: Plan, tmp_path: Path) -> None:
     source = Path(shutil.copytree(CASE.hf, tmp_path / "source"))
-    made, count = worker.Worker.make, 0
+    load, count = worker.Worker._load, 0
 
-    def make(self: Any, number: int, box: Any) -> int:
+    def cutting(self: Any, number: int, box: Any, turn: int) -> Any:
         nonlocal count
         count += 1
         if count == 50:
             for path in source.glob("*.safetensors"):
                 os.truncate(path, 100)
-        return made(self, number, box)
+        return load(self, number, box, turn)
 
     digest = json.loads(dumps(plan))["digest"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker.Worker, "make", make)
+        patch.setattr(worker.Worker, "_load", cutting)
         with pytest.raises(InputError, match="source-truncated"):
             runner.run(plan, digest, tmp_path / "out", source)
     assert count < 60 and done_units(tmp_path / "out") >= 49

@@ -152,16 +152,16 @@ def test_a_source_cut_short_half_way_leaves_no_checkpoint(
     jobs: int, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = compiled(source)
-    make, made = worker.Worker.make, output.with_name("made")
+    load, begun = worker.Worker._load, output.with_name("begun")
 
-    def cutting(self: Any, number: int, box: Any) -> int:
-        if made.exists():  # in whichever process: the second unit finds the files cut
+    def cutting(self: Any, number: int, box: Any, turn: int) -> Any:
+        if begun.exists():  # in whichever process: the second unit finds the files cut
             for file in FILES:
                 os.truncate(source / file, 2000)
-        made.touch()
-        return make(self, number, box)
+        begun.touch()
+        return load(self, number, box, turn)
 
-    monkeypatch.setattr(worker.Worker, "make", cutting)
+    monkeypatch.setattr(worker.Worker, "_load", cutting)
     (found,) = refused(plan, output, source, Settings(jobs=jobs))
     assert found.code == "source-truncated"
     assert any(file in found.message for file in FILES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,10 +134,10 @@ def run(plan: Plan, directory: Path) -> Ran:
     with Recording(directory, [SourceFile(f.name, f.size, f.header) for f in plan.files]) as reader:
         worker = Worker(plan, reader, sink, lambda: None)
         for number, array in enumerate(plan.arrays):
-            made = sum(worker.make(number, box) for box in array.units())
+            made = sum(made for _, made in worker.make((0, number, box) for box in array.units()))
             assert made == array.nbytes
         ran.bytes_read, ran.reads = reader.bytes_read, reader.reads
-        ran.held = worker._held.size + sum(chunk.size for chunk in worker._chunks)
+        ran.held = sum(buffer.size for buffer in (*worker._held, *worker._chunks))
     for number, array in enumerate(plan.arrays):
         grid = np.prod([-(-n // c) for n, c in zip(array.shape, array.chunk, strict=True)], dtype=int)
         assert len([1 for other, _ in seen if other == number]) == grid
@@ -271,10 +272,48 @@ def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
     assert caught.value.diagnostics[0].code == "source-truncated"
 
 
-def test_buffers_are_made_once() -> None:
-    """Four equal units: the worker holds what one needs."""
+class Telling(RangeReader):
+    """Tells of each range that it has read."""
+
+    def __init__(self, directory: Path, files: Sequence[SourceFile], ranges: int) -> None:
+        super().__init__(directory, files)
+        self.read = [threading.Event() for _ in range(ranges)]
+        self._next = iter(self.read)
+
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
+        super().read_into(file, offset, buffer)
+        next(self._next).set()
+
+
+def test_a_unit_is_read_while_the_one_before_is_made_and_what_is_lent_stays(tmp_path: Path) -> None:
+    """Chunks that lie where they were read: two units later, their buffer is read into again."""
     made = leaf(typed("float32", a=64, b=16), 1, 0, 0)
-    assert check(made, (16, 16), (16, 16)).held == 16 * 16 * 4
+    plan = plan_for(tmp_path, made, (16, 16), (16, 16))
+    lent: list[tuple[int, Array]] = []
+    found = np.zeros((64, 16), np.float32)
+
+    def settle() -> None:
+        for row, chunk in lent:
+            found[16 * row : 16 * row + 16] = chunk
+        lent.clear()
+
+    def sink(number: int, index: Shape, chunk: Array) -> None:
+        assert reader.read[min(index[0] + 1, 3)].wait(30), "the next unit is not read"
+        settle()
+        lent.append((index[0], chunk))
+
+    with Telling(tmp_path, [SourceFile(f.name, f.size, f.header) for f in plan.files], 4) as reader:
+        units = ((7 + n, 0, box) for n, box in enumerate(plan.arrays[0].units()))
+        done = list(Worker(plan, reader, sink, settle).make(units))
+    settle()
+    assert done == [(7 + n, 16 * 16 * 4) for n in range(4)]
+    assert same(found, made.array)
+
+
+def test_buffers_are_made_once() -> None:
+    """Four equal units: the worker holds what two need, of which one is read while the other is made."""
+    made = leaf(typed("float32", a=64, b=16), 1, 0, 0)
+    assert check(made, (16, 16), (16, 16)).held == 2 * 16 * 16 * 4
 
 
 # --- from a mapping ---------------------------------------------------------------------------------------------------

@@ -89,11 +89,11 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
     parser.add_argument(
         "--memory",
         type=memory,
-        default=256 * MIB,
+        default=512 * MIB,
         metavar="SIZE",
-        help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 256MiB). "
-        "The interpreter and its libraries, some 150 MB, are not counted. No unit of work uses more than a quarter of "
-        "it. A worker whose units are not tiny takes 14 MiB more, to read and write past the page cache; as many run as "
+        help="budget for buffers: source bytes read and target bytes made, of all units in flight (default: 512MiB). "
+        "The interpreter and its libraries, some 150 MB, are not counted. No unit of work uses more than a third of "
+        "it. A worker whose units are not tiny takes 16 MiB more, to read and write past the page cache; as many run as "
         "fit, and always one",
     )
     parser.add_argument(

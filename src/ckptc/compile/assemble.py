@@ -97,7 +97,7 @@ def _totals(arrays: tuple[plan.Array, ...], table: _Table, compressed: bool) -> 
     accounts = [account(array) if array.link is None else link.account(array) for array in arrays]
     reads = [a.read for a in accounts]
     stored = [stored_bytes(x, compressed) for x, a in zip(arrays, accounts, strict=True) if a.buffers]
-    peak = max((a.held for a in accounts), default=0) + max((a.made for a in accounts), default=0)
+    peak = 2 * max((a.held for a in accounts), default=0) + max((a.made for a in accounts), default=0)
     return plan.Totals(
         arrays=len(arrays),
         tensors=len(table.rows),

@@ -46,7 +46,7 @@ def choose(content: Content, shards: tuple[int, ...], budget: int) -> Layout | N
     if 2 * linked * prod(chunk) < prod(content.shape) or prod(grid) - linked > MADE_MOST:
         return None
     needed = _account(content, chunk, order)
-    if needed.held + 3 * needed.made // 2 > budget:  # a chunk is held once more, in the order that it is stored in
+    if needed.buffers + needed.made // 2 > budget:  # a chunk is held once more, in the order that it is stored in
         return None
     return chunk, order
 

@@ -22,5 +22,5 @@ class Options:
     mesh: Mesh = ()  # the device mesh that arrays are sharded for instead; () for none
     rules: Rules = ()  # for the mesh
     compression: str = "none"  # of chunks: as `ckptc.plan.model.Choices` has it
-    memory: int = 256 * MIB  # bytes of buffers a run may hold
+    memory: int = 512 * MIB  # bytes of buffers a run may hold
     link: bool = False  # whether what lies in source files as it is stays there

@@ -23,8 +23,8 @@ from ckptc.plan import links
 from ckptc.plan.model import Array, Box, Content
 from ckptc.plan.reads import in_order, need, plan_read, tensors_of
 
-UNIT_SHARE = 4  # a unit uses at most this fraction of the memory budget, so that several can be in flight
-UNIT_MOST = 64 << 20  # and at most this many bytes: larger reads gain nothing
+UNIT_SHARE = 3  # a worker uses at most this fraction of the memory budget, so that several can be at work
+UNIT_MOST = 72 << 20  # and at most this many bytes, two reads of 32 MiB and two chunks: larger reads gain nothing
 UNITS_MOST = 1 << 14  # units that an array is cut into for the budget's sake, beyond what its size asks for
 ACCOUNTED_MOST = 50_000  # units of an array that are gone through, one by one; stacked tensors count once
 
@@ -42,7 +42,7 @@ class TooManyUnitsError(ValueError):
 
 
 def unit_budget(memory: int, compressed: bool = False) -> int:
-    """Bytes of buffers that one unit may use under a memory budget.
+    """Bytes of buffers that a worker may use under a memory budget: for the unit that is made, and the next one's reads.
 
     A chunk that is compressed is held twice more, encoded: that is at most what the unit itself uses.
     """
@@ -62,15 +62,15 @@ def stored_bytes(array: Array, compressed: bool) -> int:
 def fit(
     content: Content, shards: tuple[int, ...], budget: int, whole: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The chunk and the unit of an array: no unit uses more than `budget` bytes of buffers, if a row fits.
+    """The chunk and the unit of an array: no unit takes more than `budget` bytes of buffers, if a row fits.
 
     `whole`: shards are made of whole chunks, however small that makes them. Every axis is then divided by its shards.
     """
     shape, parts = content.shape, content.parts
-    main, cost, row = _main(parts), itemsize(content.dtype), 0
-    if main is not None and main.source is not None:
+    main, cost, row = _main(parts), 2 * itemsize(content.dtype), 0
+    if main is not None and main.source is not None:  # chunks are small then, as far as is known here
         needed = need(main, content.sources[main.source])
-        cost += -(-(needed.read + needed.decoded_bytes) // main.size)
+        cost = 2 * -(-(needed.read + needed.decoded_bytes) // main.size)
         row = needed.rows.layout.length if needed.rows else 0
     limit = max(1, budget // cost)
     best = last = _choose(shape, parts, shards, limit, row, whole)
@@ -158,12 +158,12 @@ class Account(NamedTuple):
     """What the units of an array take. A worker keeps its buffers, and so has the largest of each sort at once."""
 
     read: int  # bytes that all units read
-    held: int  # bytes of buffers for what a unit reads and decodes, at most
+    held: int  # bytes of a buffer for what a unit reads and decodes, at most; there are two, for the next one is read
     made: int  # bytes of buffers that its chunks are made in: two of them, for one is written while the next is made
 
     @property
     def buffers(self) -> int:
-        return self.held + self.made
+        return 2 * self.held + self.made
 
 
 def account(array: Array) -> Account:

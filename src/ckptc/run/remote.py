@@ -47,7 +47,7 @@ from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_
 from ckptc.run.peers import Alone
 
 OBJECT_BYTES = 64 << 20  # of a data object at most, and of
-OBJECTS_OF_BUDGET = 8  # times as much memory, so that two of them and a unit's buffers leave room for other workers
+OBJECTS_OF_BUDGET = 16  # times as much memory, so that two of them and a unit's buffers leave room for other workers
 _STATE = f"{UNFINISHED}/"
 _PLAN = f"{_STATE}plan"
 _JOURNALS = f"{_STATE}journal."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.links import links
-from ckptc.plan.model import Array, Plan
+from ckptc.plan.model import Array, Box, Plan
 from ckptc.plan.order import forwards
 from ckptc.run.behind import WriteBehind
 from ckptc.run.distributed import Written, divided
@@ -136,20 +137,27 @@ class Work:
             WriteBehind(self.plan, writer, journal.add) as behind,
         ):
             worker = Worker(self.plan, reader, behind.put, behind.settle)
-            while (position := self.shared.take()) < len(self.todo):
-                unit = self.units[self.todo[position]]
-                written += worker.make(unit.array, unit.box)
-                behind.end(self.todo[position], unit.array)
-                self.shared.note(k, position, written, reader.bytes_read)
-                tick()
+            # Closed before the files are that it reads.
+            with closing(worker.make(self._take())) as made:
+                for position, size in made:
+                    written += size
+                    behind.end(self.todo[position], self.units[self.todo[position]].array)
+                    self.shared.note(k, position, written, reader.bytes_read)
+                    tick()
         if not self.shared.stopped:
             writer.close()
+
+    def _take(self) -> Iterator[tuple[int, int, Box]]:
+        """Units for one worker, as it asks for them: the position in `todo`, the array, the box."""
+        while (position := self.shared.take()) < len(self.todo):
+            unit = self.units[self.todo[position]]
+            yield position, unit.array, unit.box
 
 
 def worker_bytes(buffers: int) -> int:
     """Bytes that a worker holds, whose plan asks for so many: with what it has to read and write past the page cache, and
-    up to a huge page more for each of its three buffers, unless all that it reads and makes is too small for either."""
-    return buffers if buffers < LEAST else buffers + PIECE + BOUNCE + 3 * HUGE
+    up to a huge page more for each of its four buffers, unless all that it reads and makes is too small for either."""
+    return buffers if buffers < LEAST else buffers + PIECE + BOUNCE + 4 * HUGE
 
 
 def _array_spec(array: Array, plan: Plan) -> ArraySpec:

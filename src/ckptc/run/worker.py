@@ -1,12 +1,14 @@
-"""One unit of work: read the byte ranges it needs, decode what is stored as codes, make its chunks, hand each over.
+"""Units of work: read the byte ranges that one needs, decode what is stored as codes, make its chunks, hand each over.
 
-A worker's memory is its buffers, which grow to what the plan's largest unit needs and are reused, and the scratch
-of the kernel and the decoder. What `plan.reads.need` says a part needs is what is read and what is held.
+While one unit is made, the next is read. A worker's memory is its buffers, two for what is read and two for what is made,
+which grow to what the plan's largest unit needs and are reused, and the scratch of the kernel and the decoder. What
+`plan.reads.need` says a part needs is what is read and what is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -46,35 +48,47 @@ class Worker:
     def __init__(self, plan: Plan, reader: RangeReader, sink: Sink, settle: Callable[[], None]) -> None:
         self.plan, self.reader, self.sink, self.settle = plan, reader, sink, settle
         self.kernel, self.decoder = Kernel(), Decoder()
-        self._held = np.empty(0, dtype=np.uint8)  # what a unit's parts need: read and decoded
+        self._held = [np.empty(0, dtype=np.uint8)] * 2  # what a unit's parts need: read and decoded, by turns
         self._lent = False  # whether the sink may still read a chunk there
         self._chunks = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
         self._turn = 0
 
-    def make(self, number: int, box: Box) -> int:
-        """Reads, makes and hands over all chunks of the unit `box` of array `number`. Returns the bytes made."""
-        array = self.plan.arrays[number]
-        inside = [p for part in array.parts for p in restrict_part(part, box)]
-        if self._lent:
-            self.settle()
-            self._lent = False
-        local = self._load(array, inside)
-        made = 0
+    def make(self, units: Iterable[tuple[int, int, Box]]) -> Generator[tuple[int, int]]:
+        """Reads, makes and hands over all chunks of each unit: a number of the caller's, its array's and its box. Yields
+        the first with the bytes made. A unit is asked for, and read, while the one before it is made.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            current: tuple[int, int, Box, Future[list[Local]]] | None = None
+            for turn, (key, number, box) in enumerate(units):
+                if self._lent:  # of the unit before the current one, whose buffer is the next one's
+                    self.settle()
+                    self._lent = False
+                following = key, number, box, thread.submit(self._load, number, box, turn % 2)
+                if current is not None:
+                    yield self._make(*current)
+                current = following
+            if current is not None:
+                yield self._make(*current)
+
+    def _make(self, key: int, number: int, box: Box, loaded: Future[list[Local]]) -> tuple[int, int]:
+        array, local, made = self.plan.arrays[number], loaded.result(), 0
         for index, within in chunks(array, box):
             chunk = self._make_chunk(array, local, within)
             self.sink(number, index, chunk)
             made += chunk.nbytes
-        return made
+        return key, made
 
-    def _load(self, array: Array, parts: list[Part]) -> list[Local]:
+    def _load(self, number: int, box: Box, turn: int) -> list[Local]:
+        array = self.plan.arrays[number]
+        parts = [p for part in array.parts for p in restrict_part(part, box)]
         needs = [need(p, array.sources[p.source]) if p.source is not None else None for p in parts]
-        self._held = grown(self._held, sum(n.memory for n in needs if n is not None))
+        held = self._held[turn] = grown(self._held[turn], sum(n.memory for n in needs if n is not None))
         out, used = [], 0
         for part, needed in zip(parts, needs, strict=True):
             if needed is None or part.source is None:
                 out.append(Local(part, None, array.dtype))
                 continue
-            buffer = self._held[used : used + needed.memory]
+            buffer = held[used : used + needed.memory]
             used += needed.memory
             source = array.sources[part.source]
             self._fetch(source.tensors, needed.tensors, needed.values.runs(), itemsize(source.dtype), buffer)
