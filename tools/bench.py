@@ -192,14 +192,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables = []
     for gigabytes in args.gigabytes:
         place = place_for(args.work, gigabytes)
-        generate(place, gigabytes)
-        prepare(place, args.export)
-        size = size_of(place.source)
         results = unmeasured(wanted, args.cache)
         try:
+            generate(place, gigabytes)
+            prepare(place, args.export)
             run_all(place, wanted, results, args.runs, args.slow_runs)
         except KeyboardInterrupt:
             report["interrupted"] = True
+        if report["interrupted"] and not any(r.runs for one in results.values() for r in one.values()):
+            break  # there may be no source yet
+        size = size_of(place.source)
         for cache in args.cache:
             found = rows(results[cache], size)
             report["measurements"].append({"gigabytes": round(size, 3), "cache": cache, "modes": found})

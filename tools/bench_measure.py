@@ -82,9 +82,12 @@ def measure(command: list[str], durable: Path | None = None) -> Run:
     pipe = subprocess.PIPE
     # With what Python has compiled kept, as where packages are installed the usual way: an eighth of a second.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    process = subprocess.Popen(
-        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
-    )
+    try:
+        process = subprocess.Popen(
+            command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+        )
+    except OSError as error:
+        raise Failed(f"{command[0]}: {error.strerror}") from None
     watch = Watch(process.pid)
     watch.start()
     try:

@@ -106,6 +106,7 @@ def test_slow_modes_run_in_the_first_rounds_and_a_failed_one_never_again(tmp_pat
         return modes.Mode(name, lambda place: ["sh", "-c", f"echo {name} >> {log}; {script}"], slow=slow)
 
     wanted = [mode("base", "true"), mode("slow", "true", slow=True), mode("broken", "echo why; exit 3")]
+    wanted.append(modes.Mode("absent", lambda place: ["/no/such/program"]))
     (tmp_path / "source").mkdir()
     results = bench.unmeasured(wanted, ["warm"])
     bench.run_all(modes.Place(tmp_path), wanted, results, 3, 1)
@@ -114,6 +115,7 @@ def test_slow_modes_run_in_the_first_rounds_and_a_failed_one_never_again(tmp_pat
         "base": (3, None),
         "slow": (1, None),
         "broken": (0, "why"),
+        "absent": (0, "/no/such/program: No such file or directory"),
     }
 
 

@@ -101,7 +101,7 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         action="store_true",
         help="copy nothing that only moves: the output holds hard links to the source's files, on the same file system, "
         "and refers to the tensors in them; arrays with arithmetic or in another dtype are copied. A restore transposes "
-        "and so takes up to 3 times as long. Source files that are changed in place afterwards change the checkpoint, "
+        "and so takes up to twice as long, in places 3 times. Source files that are changed in place afterwards change the checkpoint, "
         "too; deleted or replaced ones do not",
     )
 

@@ -1,8 +1,9 @@
 """Ranges of bytes of shard files, read into the caller's buffers.
 
 Reading is `preadv` straight into a buffer the caller reuses: no page faults on fresh memory, no shared file
-position, so any number of threads read at once. Descriptors are opened when first needed and kept, up to a
-bound, because opening a file costs a round trip on network disks. A file's size is compared with what the plan
+position, so any number of threads read at once. Where a reader is told that bytes are read once, large ranges that
+the page cache does not have come past it (`ckptc.io.uncached`). Files are opened when first needed and kept open, up
+to a bound, because opening one costs a round trip on network disks. A file's size is compared with what the plan
 says whenever it is opened.
 """
 
@@ -25,20 +26,25 @@ from ckptc.ir.source import SourceFile
 class _Open:
     """An open file and the reads under way on it; it is closed only when there are none."""
 
-    __slots__ = ("descriptor", "readers", "uncached")
+    __slots__ = ("_tried", "_uncached", "descriptor", "readers")
 
-    def __init__(self, descriptor: int, once: bool) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.uncached: Uncached | None = None
-        if once:
-            with suppress(OSError):
-                self.uncached = Uncached(descriptor)
         self.readers = 0
+        self._tried, self._uncached = False, None  # type: bool, Uncached | None
+
+    def uncached(self) -> Uncached | None:
+        """The way past the page cache, opened when first asked for: two descriptors more. For one thread at a time."""
+        if not self._tried:
+            self._tried = True
+            with suppress(OSError):
+                self._uncached = Uncached(self.descriptor)
+        return self._uncached
 
     def close(self) -> None:
         os.close(self.descriptor)
-        if self.uncached is not None:
-            self.uncached.close()
+        if self._uncached is not None:
+            self._uncached.close()
 
 
 class RangeReader:
@@ -56,7 +62,7 @@ class RangeReader:
         self._once = once
         self._buffers = Buffers()
         self._open: OrderedDict[int, _Open] = OrderedDict()  # least recently used first
-        self._lock = threading.Lock()  # guards `_open`, `_closed`, `_bytes_read`; never held while reading
+        self._lock = threading.Lock()  # guards `_open`, its entries, `_closed`, `_bytes_read`; never held while reading
         self._closed = False
         self._bytes_read = 0
 
@@ -82,8 +88,11 @@ class RangeReader:
             entry = self._acquire(file)
             done = 0
             try:
-                if entry.uncached is not None and len(view) >= LEAST:
-                    done = entry.uncached.read(offset, view, self._buffers)
+                if self._once and len(view) >= LEAST:
+                    with self._lock:
+                        uncached = entry.uncached()
+                    if uncached is not None:
+                        done = uncached.read(offset, view, self._buffers)
                 while done < len(view):  # Linux reads at most 2 GiB a call, and less when interrupted
                     count = os.preadv(entry.descriptor, [view[done:]], offset + done)
                     if count == 0:
@@ -167,7 +176,7 @@ class RangeReader:
         except BaseException:
             os.close(descriptor)
             raise
-        return _Open(descriptor, self._once)
+        return _Open(descriptor)
 
     def _wrong_size(self, code: str, file: int, size: int, needed: int) -> InputError:
         name = shown(self._files[file].name)

@@ -40,8 +40,9 @@ class Uncached:
         except OSError:
             os.close(self._direct)
             raise
-        # Or the system would read ahead of what it has, and then have that as well, and so on.
-        os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
+        with suppress(OSError):  # some file systems take no advice
+            # Or the system would read ahead of what it has, and then have that as well, and so on.
+            os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
 
     def close(self) -> None:
         os.close(self._direct)
