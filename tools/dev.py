@@ -3,6 +3,7 @@
     python tools/dev.py demo             install ckptc into .venv, convert the bundled example, restore it
     python tools/dev.py test             install ckptc with its development tools, run every check
     python tools/dev.py test --oldest    with the oldest libraries that pyproject.toml allows: run the demo and the tests
+    python tools/dev.py install          what `test` installs, with the same options, and nothing else
 
 Further arguments of `test` are pytest's. Each Python version has its own environments, .venv/<version> and
 .venv/<version>-oldest; a second call reuses one unless pyproject.toml changed.
@@ -75,8 +76,14 @@ def demo() -> None:
     run("python", "tools/demo.py", programs=programs)
 
 
+def test_environment(extras: str, old: bool) -> Path:
+    if old:
+        return environment("[test]", "-oldest", oldest((ROOT / "pyproject.toml").read_text("utf-8")))
+    return environment(f"[{extras}]")
+
+
 def test(extras: str, lint: bool, pytest: list[str]) -> None:
-    programs = environment(f"[{extras}]")
+    programs = test_environment(extras, old=False)
     if lint:
         run("ruff", "check", ".", programs=programs)
         run("ruff", "format", "--check", ".", programs=programs)
@@ -85,14 +92,14 @@ def test(extras: str, lint: bool, pytest: list[str]) -> None:
 
 
 def test_oldest(pytest: list[str]) -> None:
-    programs = environment("[test]", "-oldest", oldest((ROOT / "pyproject.toml").read_text("utf-8")))
+    programs = test_environment("", old=True)
     run("python", "tools/demo.py", programs=programs)
     run("pytest", "-n", str(os.cpu_count() or 1), *pytest, programs=programs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["demo", "test"])
+    parser.add_argument("what", choices=["demo", "test", "install"])
     parser.add_argument(
         "--extras",
         default="dev",
@@ -105,6 +112,8 @@ def main() -> None:
         parser.error("--oldest and --no-lint belong to `test`")
     if args.what == "demo":
         demo()
+    elif args.what == "install":
+        test_environment(args.extras, args.oldest)
     elif args.oldest:
         test_oldest(rest)
     else:

@@ -64,13 +64,18 @@ def test_large_pieces_begin_at_blocks_and_small_ones_leave_no_gap() -> None:
     assert [place(5, LEAST), place(ALIGN, LEAST), place(5, LEAST - 1), place(0, LEAST)] == [ALIGN, ALIGN, 5, 0]
 
 
+def test_memory_that_is_refused_is_no_error_of_a_disk() -> None:
+    with pytest.raises(MemoryError):
+        page_buffer(1 << 50)  # more than there are addresses
+
+
 def test_a_file_system_that_refuses_direct_writes_gets_others(
     tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refusing(descriptor: int, offset: int, view: memoryview) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(BulkFile, "_write_bounced", lambda self, *args: refusing(*args))
+    monkeypatch.setattr("ckptc.io.bulk._write_bounced", refusing)
     file, piece = BulkFile(tmp_path / "f"), noise(LEAST, 1)
     file.write(0, piece)
     file.close()

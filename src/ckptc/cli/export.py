@@ -249,8 +249,7 @@ def summary(plan: Plan) -> str:
         f"reads   {render.size(t.read_bytes)} of {t.tensors} arrays, decoded chunks counted as often as they are read",
         f"writes  {render.size(t.write_bytes)} in {t.arrays} tensors, {render.count(t.parameters)} parameters, "
         f"{files} file{'s' if files != 1 else ''}",
-        f"memory  {render.size(t.peak_memory_bytes)} for the largest unit of work, within a budget of "
-        f"{render.size(c.memory)}",
+        f"memory  {render.size(t.peak_memory_bytes)} for each worker, within a budget of {render.size(c.memory)}",
         f"exact   {exact_line(plan)}",
     ]
     for x in plan.left_out:

@@ -274,7 +274,7 @@ def summary(plan: Plan) -> str:
         + (f", {size(t.reread_bytes)} of it again" if t.reread_bytes else ""),
         f"writes  {written} in {t.arrays} arrays, {count(t.parameters)} parameters"
         + (f", compressed: {c.compression}" if c.compression != "none" else ""),
-        f"memory  {size(t.peak_memory_bytes)} for the largest unit of work, within a budget of {size(c.memory)}",
+        f"memory  {size(t.peak_memory_bytes)} for each worker, within a budget of {size(c.memory)}",
         *_mesh(plan),
     ]
     lines += _links(plan)

@@ -21,6 +21,7 @@ from ckptc.compile.mesh import Partition, partition
 from ckptc.compile.options import Options
 from ckptc.compile.schedule import (
     ACCOUNTED_MOST,
+    UNIT_MOST,
     TooManyUnitsError,
     account,
     fit,
@@ -185,7 +186,9 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
             "too-little-memory",
             f"`{'/'.join(target.path)}`, of {target.type.nbytes} bytes, would be made in more than {ACCOUNTED_MOST} units",
             notes=(f"found: --memory of {options.memory} bytes",),
-            help=f"use --memory {enough >> 20}MiB" if enough else "no --memory makes it: units have at most 64 MiB",
+            help=f"use --memory {enough >> 20}MiB"
+            if enough
+            else f"no --memory makes it: units have at most {UNIT_MOST >> 20} MiB",
         )
     chunk, unit = made
     return plan.Array(

@@ -39,14 +39,16 @@ def page_buffer(size: int) -> npt.NDArray[np.uint8]:
 
     A disk takes a write in as many requests as the memory lies in pieces, up to a number of pieces for each (254 for
     virtio, so about 1 MB of pages of 4 KiB): from huge pages, requests were seven times as large and a disk twice as
-    fast.
+    fast. Raises MemoryError.
     """
-    # Private: a child that is forked later has a copy of its own.
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE)
-    else:
-        # Whole huge pages, or Linux does not let them begin at one.
-        memory = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE)
+    huge = size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE")
+    # Whole huge pages, or Linux does not let them begin at one.
+    length = -(-size // HUGE) * HUGE if huge else max(1, size)
+    try:
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)  # a child that is forked later has a copy of its own
+    except OSError as error:
+        raise MemoryError(f"{length} bytes: {error.strerror}") from None
+    if huge:
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)[:size]
@@ -87,8 +89,7 @@ class BulkFile:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._direct: int | None = None
-        self._lock = threading.Lock()  # of the bounce buffer
-        self._bounce: npt.NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()  # of what follows
         self._since = 0  # bytes written since a sync was begun
         self._eager: threading.Thread | None = None
         self._syncs = threading.Lock()  # held by a sync: the system tells only one of several what has failed
@@ -199,18 +200,23 @@ class BulkFile:
             if np.frombuffer(view, dtype=np.uint8).ctypes.data % ALIGN == 0:
                 _write(descriptor, offset, view)
             else:
-                with self._lock:
-                    self._write_bounced(descriptor, offset, view)
+                _write_bounced(descriptor, offset, view)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             return False
         return True
 
-    def _write_bounced(self, descriptor: int, offset: int, view: memoryview) -> None:
-        if self._bounce is None:
-            self._bounce = page_buffer(BOUNCE)
-        bounce = self._bounce.data
+
+_BOUNCING = threading.Lock()
+_BOUNCE: list[npt.NDArray[np.uint8]] = []  # none or one, for all files of the process
+
+
+def _write_bounced(descriptor: int, offset: int, view: memoryview) -> None:
+    with _BOUNCING:
+        if not _BOUNCE:
+            _BOUNCE.append(page_buffer(BOUNCE))
+        bounce = _BOUNCE[0].data
         for begin in range(0, len(view), BOUNCE):
             part = view[begin : begin + BOUNCE]
             bounce[: len(part)] = part

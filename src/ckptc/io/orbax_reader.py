@@ -240,6 +240,10 @@ class ArrayReader:
         self._open: OrderedDict[tuple[str, ...], Any] = OrderedDict()
         self.bytes_read = 0  # of decoded chunks
 
+    def close(self) -> None:
+        """Closes the files that plain arrays lie in."""
+        self._plain.close()
+
     @cached_property
     def _ts(self) -> Any:
         import tensorstore as ts  # here: plain arrays do not need it

@@ -47,6 +47,9 @@ class PlainReader:
         self._shards: OrderedDict[tuple[str, int], npt.NDArray[np.uint64]] = OrderedDict()
         self._scratch = np.empty(0, dtype=np.uint8)
 
+    def close(self) -> None:
+        self._files.close()
+
     def has(self, path: Keys, dtype: np.dtype[Any]) -> bool:
         """Whether an array of this path and dtype is read here."""
         found = self._index.arrays.get(".".join(path))

@@ -161,7 +161,7 @@ class Totals:
     parameters: int  # elements of all target arrays
     read_bytes: int
     write_bytes: int
-    peak_memory_bytes: int  # of buffers: the largest unit
+    peak_memory_bytes: int  # of a worker's buffers, of which each has room for the largest use of it
     linked_bytes: int = 0  # of `write_bytes`, what is not written: it stays in the source's files
     reread_bytes: int = 0  # of `read_bytes`, what is read a second time, or a third
 

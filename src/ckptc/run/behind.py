@@ -72,5 +72,5 @@ class WriteBehind:
         if error is None:
             self.settle()
         elif self._ended is not None:  # what is done is kept, if that is possible; the error is what is said
-            with suppress(OSError, RuntimeError, InputError):
+            with suppress(OSError, MemoryError, RuntimeError, InputError):
                 self.settle()

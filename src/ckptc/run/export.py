@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from ckptc.run.journal import output_error
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
-from ckptc.run.work import Progress
+from ckptc.run.work import Progress, worker_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class _Work:
         jobs: int,
     ) -> None:
         self.plan, self.outputs, self.reader, self.output, self.writer = plan, outputs, reader, output, writer
-        fitting = plan.choices.memory // max(1, plan.totals.peak_memory_bytes)
+        fitting = plan.choices.memory // max(1, worker_bytes(plan.totals.peak_memory_bytes))
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
         self.read = 0
         context = mp.get_context("fork")
@@ -141,7 +142,10 @@ class _Work:
             written = 0
             return_large_blocks()
             try:
-                with Exporter(self.plan, self.outputs, self.reader(), self.writer) as exporter:
+                with (
+                    closing(self.reader()) as reader,
+                    Exporter(self.plan, self.outputs, reader, self.writer) as exporter,
+                ):
                     while (number := shared.take()) < count:
                         written += make(exporter, number)
                         shared.note(k, number, written, exporter.reader.bytes_read)
