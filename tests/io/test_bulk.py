@@ -207,6 +207,23 @@ def test_files_are_synced_while_they_grow(
     assert (tmp_path / "f").read_bytes() == bytes(piece) * 4
 
 
+def test_files_that_are_not_eager_are_synced_when_asked_to(
+    tmp_path: Path, direct: list[tuple[int, int]], held: tuple[threading.Event, threading.Event],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bulk, "EAGER", LEAST)
+    begun, over = held
+    file, piece = BulkFile(tmp_path / "f"), noise(LEAST)
+    file.eager = False
+    for k in range(3):
+        file.write(k * LEAST, piece)
+    assert file._eager is None and not begun.is_set()
+    over.set()
+    file.sync()
+    assert begun.is_set()
+    file.close()
+
+
 @pytest.mark.parametrize("asked", ["sync", "close"])
 def test_a_sync_that_begins_meanwhile_takes_no_error_from_the_one_that_was_asked_for(
     tmp_path: Path, direct: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, asked: str

@@ -93,7 +93,9 @@ def test_any_range_has_the_files_bytes(file: Path, data: bytes, offset: int, cou
 @pytest.mark.parametrize("once", [True, False])
 def test_what_is_read_once_is_not_kept_in_the_page_cache(file: Path, once: bool) -> None:
     with reader(file, once=once) as files:
+        assert not files.from_disk
         read(files, 0, SIZE)
+        assert files.from_disk is once
     assert {cached(file, at) for at in range(0, SIZE // 2, 9 * BLOCK)} == {not once}
 
 
@@ -117,6 +119,7 @@ def test_what_the_page_cache_has_is_taken_from_there(file: Path, data: bytes, mo
     monkeypatch.setattr("ckptc.io.uncached.os.preadv", watched)
     with reader(file) as files:
         assert read(files, BLOCK, SIZE - BLOCK) == data[BLOCK:]
+        assert not files.from_disk
     assert not forced
 
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from ckptc.plan.model import Plan
 from ckptc.run.journal import LOCK, UNFINISHED, flock, open_unfinished
 from golden import compile_case, differences, expected_of, known_cases
 from restoring import restored
+from waiting import SECONDS, wait_for
 
 CASE = next(case for case in known_cases() if case.id == "qwen3_moe.scan")
-SECONDS = 100  # that anything here may take on a slow machine
 SLOW = """\
 made = worker.Worker._make
 worker.Worker._make = lambda *a: (time.sleep(0.02), made(*a))[1]
@@ -104,13 +104,6 @@ def assert_as_alone(output: Path, alone: Path) -> None:
     for name in ("items/_METADATA", "items/_sharding", "items/array_metadatas/process_0"):
         assert (output / "0" / name).read_bytes() == (alone / "0" / name).read_bytes()
     assert differences(restored(output), expected_of(CASE)) == []
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.005)
 
 
 def done_units(output: Path, process: int) -> int:

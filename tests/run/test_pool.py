@@ -10,15 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ckptc.diagnostics import Diagnostic, InputError, Span
 from ckptc.run import pool
 from ckptc.run.pool import Shared, run_workers
-
-SECONDS = 60  # that anything here may take on a slow machine
+from waiting import SECONDS, alive, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -28,21 +26,6 @@ def nothing() -> None: ...
 
 def run(workers: int, body: Callable[[int], None], watch: Callable[[], None] = nothing) -> None:
     run_workers(workers, lambda k, tick: body(k), watch, Shared(workers))
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended, but was not waited for, does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def no_children() -> bool:

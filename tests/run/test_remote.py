@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +33,9 @@ from ckptc.run.runner import Settings
 from emulated import BUCKET, clear, emulator, objects, put, store
 from golden import compile_case, differences, expected_of, known_cases
 from restoring import Arrays, by_path, jax_with_64_bits
+from waiting import SECONDS, wait_for
 
 CASE = next(case for case in known_cases() if case.id == "qwen3_moe.scan")
-SECONDS = 120  # that anything here may take on a slow machine
 MEMORY = 1 << 17  # some twenty objects
 
 pytestmark = [
@@ -184,13 +184,6 @@ def assert_unfinished(url: str) -> None:
 def noted_units(url: str) -> int:
     """Units that the journals speak of."""
     return sum(len(json.loads(text)["units"]) for name, text in objects(url).items() if "/journal." in name)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 SLOW = """\

@@ -31,9 +31,9 @@ from ckptc.run.runner import Settings
 from ckptc.run.verify import check_sums
 from golden import checkpoint_of, compile_case, differences, expected_of, known_cases
 from restoring import restored
+from waiting import SECONDS, wait_for
 
 CASE = next(case for case in known_cases() if case.id == "qwen3_moe.scan")
-SECONDS = 120  # that anything here may take on a slow machine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -129,13 +129,6 @@ def assert_no_checkpoint(output: Path) -> None:
     # `is_orbax_checkpoint` is true of any directory. Orbax before 0.12 says interpret.
     with pytest.raises(ValueError, match=r"Failed to (load|interpret)"):
         ocp_v1.load_pytree(output)
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 def done_units(output: Path) -> int:

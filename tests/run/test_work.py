@@ -15,7 +15,9 @@ from tests.run.test_worker import write
 
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
+from ckptc.io import bulk
 from ckptc.io.bulk import LEAST
+from ckptc.io.ranges import RangeReader
 from ckptc.plan.model import Plan
 from ckptc.run import work
 from ckptc.spec.mapping import load_mapping
@@ -64,3 +66,18 @@ def test_a_worker_holds_what_is_counted_and_more_than_its_plan_says(
     convert(plan, tmp_path / "source", tmp_path / "out")
     assert Mapped.most > LEAST
     assert plan.totals.peak_memory_bytes < Mapped.most <= work.worker_bytes(plan.totals.peak_memory_bytes)
+
+
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_files_are_synced_unasked_unless_the_source_comes_from_the_disk(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_disk: bool
+) -> None:
+    """Its reads would wait. One unit has 3.2 MB: the second of two goes beyond 4."""
+    begun: list[int] = []
+    monkeypatch.setattr(os, "major", lambda device: 1)  # whatever disk this is
+    monkeypatch.setattr(bulk, "EAGER", 4_000_000)
+    monkeypatch.setattr(bulk.BulkFile, "_sync_unasked", lambda file: begun.append(1))
+    monkeypatch.setattr(RangeReader, "from_disk", property(lambda reader: from_disk))
+    assert [len(list(a.units())) for a in plan.arrays] == [1, 1]
+    convert(plan, tmp_path / "source", tmp_path / "out")
+    assert len(begun) == (0 if from_disk else 1)

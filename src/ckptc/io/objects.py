@@ -162,6 +162,8 @@ def refused(doing: str, said: str) -> InputError:
 class ObjectData:
     """Data objects: one fills while the one before is written. Not for several threads at once."""
 
+    eager = True  # always: an object that is written is durable
+
     def __init__(self, store: ObjectStore, below: str, files: Sequence[str]) -> None:
         self._store, self._below = store, below
         self.files = list(files)

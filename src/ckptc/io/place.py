@@ -23,6 +23,7 @@ class Data(Protocol):
     """The data files of one writer, in `<below>d/`: chunks are appended, and known by file, offset and length."""
 
     files: list[str]  # names in the order that entries count them in, 32 hex digits each
+    eager: bool  # whether what is taken is made durable unasked, while more comes
 
     def append(self, view: memoryview) -> tuple[int, int]:
         """Take the bytes of a chunk, and say in which file, from 0, and at which offset they are or will be."""
@@ -133,6 +134,14 @@ class _OneFile:
             self._data.abandon()
             raise RuntimeError(f"{self.files[0]} has {size} bytes, the chunks recorded in it end at {end}")
         self._data.truncate(end)
+
+    @property
+    def eager(self) -> bool:
+        return self._data.eager
+
+    @eager.setter
+    def eager(self, eager: bool) -> None:
+        self._data.eager = eager
 
     def append(self, view: memoryview) -> tuple[int, int]:
         with self._lock:

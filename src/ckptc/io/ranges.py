@@ -61,6 +61,7 @@ class RangeReader:
         self._max_open = max(1, max_open)
         self._once = once
         self._buffers = Buffers()
+        self._from_disk = False
         self._open: OrderedDict[int, _Open] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()  # guards `_open`, its entries, `_closed`, `_bytes_read`; never held while reading
         self._closed = False
@@ -70,6 +71,11 @@ class RangeReader:
     def bytes_read(self) -> int:
         """Bytes delivered into buffers so far, those of reads that then failed included."""
         return self._bytes_read
+
+    @property
+    def from_disk(self) -> bool:
+        """Whether anything was read past the page cache."""
+        return self._from_disk
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (writable, C-contiguous, any format) from byte `offset` of `files[file]` on.
@@ -92,7 +98,8 @@ class RangeReader:
                     with self._lock:
                         uncached = entry.uncached()
                     if uncached is not None:
-                        done = uncached.read(offset, view, self._buffers)
+                        done, past = uncached.read(offset, view, self._buffers)
+                        self._from_disk = self._from_disk or past > 0
                 while done < len(view):  # Linux reads at most 2 GiB a call, and less when interrupted
                     count = os.preadv(entry.descriptor, [view[done:]], offset + done)
                     if count == 0:

@@ -48,12 +48,12 @@ class Uncached:
         os.close(self._direct)
         os.close(self._cached)
 
-    def read(self, offset: int, view: memoryview, buffers: Buffers) -> int:
+    def read(self, offset: int, view: memoryview, buffers: Buffers) -> tuple[int, int]:
         """Fills the beginning of `view`, of bytes, from the file's `offset` on; each piece from the page cache if that
-        has its beginning. Returns the bytes filled, fewer than `view` has where the file ends or the system refuses: who
-        goes on through the page cache gets the rest, or the reason.
+        has its beginning. Returns the bytes filled, and how many of them came from the disk. They are fewer than `view`
+        has where the file ends or the system refuses: who goes on through the page cache gets the rest, or the reason.
         """
-        done = 0
+        done = past = 0
         with buffers.one() as buffer, suppress(OSError):
             while done < len(view):
                 at = offset + done
@@ -66,10 +66,11 @@ class Uncached:
                     view[done : done + max(0, count)] = blocks[skip : skip + max(0, count)].data
                     # Asking had the system read a page, which would make the next run take all of this for cached.
                     os.posix_fadvise(self._cached, at - skip, ALIGN, os.POSIX_FADV_DONTNEED)
+                    past += max(0, count)
                 if count <= 0:
                     break
                 done += count
-        return done
+        return done, past
 
     def _has(self, offset: int) -> bool:
         """Whether the page cache has the byte at `offset`. Asked for more, the system would begin to read all of it."""

@@ -141,6 +141,7 @@ class Work:
             with closing(worker.make(self._take())) as made:
                 for position, size in made:
                     written += size
+                    writer.data.eager = not reader.from_disk  # or the reads would wait for its syncs
                     behind.end(self.todo[position], self.units[self.todo[position]].array)
                     self.shared.note(k, position, written, reader.bytes_read)
                     tick()
