@@ -18,7 +18,7 @@ until the replacement has its own. A conditional write could not prevent it, as 
 has claimed `plan` with one is alive.
 
 A journal's object is written after the data objects it speaks of, so what it says can be trusted. What none speaks of,
-and an older checkpoint, is deleted by the commit.
+and an older checkpoint, is deleted by the commit; what another run sends after that, and never notes, stays.
 
 TensorStore keeps threads once it is used, and workers are forked: what a run does before them, it does in a child.
 """
