@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 
 import pytest
 
@@ -28,7 +28,7 @@ GOOD: Headers = {"embed": ("bfloat16", (5, 2)), **{f"l.{n}.up.weight": ("bfloat1
 LAYOUTS = ["scanned", "unscanned"]
 
 
-def changed(change: MappingOf[str, tuple[str, tuple[int, ...]] | None]) -> Headers:
+def changed(change: Mapping[str, tuple[str, tuple[int, ...]] | None]) -> Headers:
     """The good headers with tensors replaced, or taken out."""
     return {name: entry for name, entry in {**GOOD, **change}.items() if entry is not None}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ckptc.spec.mapping import load_mapping
 CONFIG = {"hidden_size": 64, "heads": 4, "text": {"layers": 12}, "tied": True, "name": "silu", "none": None}
 
 
-def dims(written: str, config: MappingOf[str, Any] = CONFIG, model_set: str = "{}", **given: Any) -> dict[str, Any]:
+def dims(written: str, config: Mapping[str, Any] = CONFIG, model_set: str = "{}", **given: Any) -> dict[str, Any]:
     """The dims of a mapping whose only model fixes `model_set`; `given` as `--set` gives them."""
     text = f"family: f\ntarget: maxtext\ndims: {written}\nmodels: {{ m: {{ repo: r, set: {model_set} }} }}\n"
     with tempfile.TemporaryDirectory() as directory:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import zlib
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ir.verify import verify
 from ckptc.ops.types import is_float, itemsize, numpy_dtype
 from ckptc.plan.model import Plan
-from ckptc.spec.mapping import Mapping, load_mapping
+from ckptc.spec.mapping import Family, load_mapping
 
 Array = npt.NDArray[Any]
-Headers = MappingOf[str, tuple[str, tuple[int, ...]]]  # tensors by name: dtype and shape
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # tensors by name: dtype and shape
 
 HEAD = """\
 family: f
@@ -40,7 +40,7 @@ models: { m: { repo: r/m } }
 """
 
 
-def read(text: str) -> Mapping:
+def read(text: str) -> Family:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "m.yaml").write_text(text, "utf-8")
         return load_mapping(Path(directory) / "m.yaml", "m.yaml")
@@ -57,8 +57,8 @@ def marked(text: str) -> tuple[str, Span]:
 def expanded(
     text: str,
     layout: str = "scanned",
-    stored: MappingOf[str, str] | str = "float32",
-    config: MappingOf[str, Any] | None = None,
+    stored: Mapping[str, str] | str = "float32",
+    config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Graph:
     """The graph of a mapping that says `tensors` and `blocks` after HEAD. `stored`: the source's dtypes."""
@@ -106,7 +106,7 @@ def value(node: Node) -> Array:
     return node.op.forward([value(n) for n in node.inputs], [n.type for n in node.inputs])
 
 
-def checkpoint(headers: Headers, config: MappingOf[str, Any] | None = None) -> Checkpoint:
+def checkpoint(headers: Headers, config: Mapping[str, Any] | None = None) -> Checkpoint:
     tensors, end = {}, 0
     for name, (dtype, shape) in headers.items():
         begin, end = end, end + int(np.prod(shape)) * itemsize(dtype)
@@ -115,7 +115,7 @@ def checkpoint(headers: Headers, config: MappingOf[str, Any] | None = None) -> C
 
 
 def compiled(
-    text: str, headers: Headers | None = None, config: MappingOf[str, Any] | None = None, **options: Any
+    text: str, headers: Headers | None = None, config: Mapping[str, Any] | None = None, **options: Any
 ) -> Plan:
     """The plan of a mapping after HEAD, against a checkpoint's headers where they are given."""
     mapping = read(HEAD + text)
@@ -124,7 +124,7 @@ def compiled(
 
 
 def problems(
-    text: str, headers: Headers | None = None, config: MappingOf[str, Any] | None = None, **options: Any
+    text: str, headers: Headers | None = None, config: Mapping[str, Any] | None = None, **options: Any
 ) -> tuple[Diagnostic, ...]:
     with pytest.raises(InputError) as caught:
         compiled(text, headers, config, **options)
@@ -132,7 +132,7 @@ def problems(
 
 
 def refused(
-    text: str, code: str, headers: Headers | None = None, config: MappingOf[str, Any] | None = None, **options: Any
+    text: str, code: str, headers: Headers | None = None, config: Mapping[str, Any] | None = None, **options: Any
 ) -> Diagnostic:
     """The only problem of a text in which «…» is what the diagnostic must underline."""
     plain, span = marked(HEAD + text)

@@ -302,10 +302,10 @@ class Judge:
     model: str
     options: Options
 
-    def objection(self, mapping: spec.Mapping) -> str | None:
+    def objection(self, mapping: spec.Family) -> str | None:
         raise NotImplementedError
 
-    def compile(self, mapping: spec.Mapping, checkpoint: Checkpoint | None) -> Plan:
+    def compile(self, mapping: spec.Family, checkpoint: Checkpoint | None) -> Plan:
         return compile_plan(mapping, spec.find_model(self.model, (mapping,))[1], self.options, checkpoint)
 
 
@@ -322,7 +322,7 @@ class ByArrays(Judge):
     def __post_init__(self) -> None:
         self.recipes = {a.name: recipe(self.right, a) for a in self.right.arrays}
 
-    def objection(self, mapping: spec.Mapping) -> str | None:
+    def objection(self, mapping: spec.Family) -> str | None:
         plan = self.compile(mapping, self.checkpoint)
         made = {a.name: (a.dtype, a.shape) for a in plan.arrays}
         if made != {name: (a.dtype.name, a.shape) for name, a in self.expected.items()}:
@@ -353,7 +353,7 @@ class ByRefusal(Judge):
 
     checkpoint: Checkpoint
 
-    def objection(self, mapping: spec.Mapping) -> str | None:
+    def objection(self, mapping: spec.Family) -> str | None:
         try:
             self.compile(mapping, self.checkpoint)
         except InputError as error:
@@ -367,7 +367,7 @@ class ByTree(Judge):
 
     layout: str
 
-    def objection(self, mapping: spec.Mapping) -> str | None:
+    def objection(self, mapping: spec.Family) -> str | None:
         plan = self.compile(mapping, None)
         expected = {path: shape for path, (shape, _) in tree(self.model, self.layout).items()}
         return None if {a.name: a.shape for a in plan.arrays} == expected else "another tree"
@@ -559,7 +559,7 @@ def shipped_sizes(family: str, model: str) -> dict[str, Any]:
     return sizes(shipped(family), model)
 
 
-def sizes(mapping: spec.Mapping, name: str) -> dict[str, Any]:
+def sizes(mapping: spec.Family, name: str) -> dict[str, Any]:
     model = mapping.models[name]
     return {n: v for n, v in evaluate_dims(mapping, model, model.config, {}).items() if not isinstance(v, dict)}
 
@@ -577,7 +577,7 @@ def only_moves_a_cut_axis(data: Any, mutant: Mutant) -> bool:
     return rest(rule["as"]) == rest(get(broken, mutant.where))
 
 
-def shipped(family: str) -> spec.Mapping:
+def shipped(family: str) -> spec.Family:
     return next(m for m in spec.shipped() if m.family == family)
 
 

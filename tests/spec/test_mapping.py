@@ -8,7 +8,7 @@ import pytest
 
 from ckptc.diagnostics import Diagnostic, InputError, Span
 from ckptc.spec import mapping as spec
-from ckptc.spec.mapping import Mapping, find_model, load_mapping, shipped
+from ckptc.spec.mapping import Family, find_model, load_mapping, shipped
 
 HEAD = "family: f\ntarget: maxtext\ndims: { a: 1 }\n"
 MODELS = "models: { m: { repo: r/m } }\n"
@@ -19,7 +19,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(directory: Path, text: str) -> Mapping:
+def read(directory: Path, text: str) -> Family:
     (directory / "m.yaml").write_text(text, "utf-8")
     return load_mapping(directory / "m.yaml", "m.yaml")
 
@@ -233,7 +233,7 @@ def test_only_files_that_mention_a_name_are_read(monkeypatch: pytest.MonkeyPatch
     """Reading YAML is most of a short command's time."""
     read_: list[str] = []
 
-    def load(path: Path) -> Mapping:
+    def load(path: Path) -> Family:
         read_.append(path.name)
         return load_mapping(path)
 

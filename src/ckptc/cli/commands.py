@@ -23,7 +23,7 @@ from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
 from ckptc.plan.division import balance
 from ckptc.plan.model import Plan
-from ckptc.spec.mapping import Mapping, Model, find_model, load_mapping, shipped
+from ckptc.spec.mapping import Family, Model, find_model, load_mapping, shipped
 from ckptc.spec.rules import load_rules
 from ckptc.spec.target import Rules, target_tree
 
@@ -103,7 +103,7 @@ def convert(args: argparse.Namespace) -> None:
         _execute(plan, plan_json.dumps(plan), args, Path(args.source), peers)
 
 
-def _mappings(file: str | None) -> tuple[Mapping, ...] | None:
+def _mappings(file: str | None) -> tuple[Family, ...] | None:
     return (load_mapping(Path(file)),) if file else None
 
 
@@ -129,7 +129,7 @@ def _compile(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def _mesh(args: argparse.Namespace, mapping: Mapping) -> tuple[Mesh, Rules]:
+def _mesh(args: argparse.Namespace, mapping: Family) -> tuple[Mesh, Rules]:
     if args.mesh is None:
         if args.rules is not None:
             raise fail("bad-mesh", "--rules say how a mesh shards, and there is none", help="give one with --mesh")
@@ -150,7 +150,7 @@ def _compile_export(args: argparse.Namespace) -> Plan:
         return export.compiled(args, work)[0]
 
 
-def find(args: argparse.Namespace) -> tuple[Mapping, Model]:
+def find(args: argparse.Namespace) -> tuple[Family, Model]:
     return find_model(args.model, _mappings(args.mapping))
 
 

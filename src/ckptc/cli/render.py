@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptc.plan.division import Balance
     from ckptc.plan.model import Plan
     from ckptc.run.runner import Report
-    from ckptc.spec.mapping import Mapping, Model
+    from ckptc.spec.mapping import Family, Model
 
 RED, BLUE, BOLD, CYAN, RESET = "\033[1;31m", "\033[1;34m", "\033[1m", "\033[36m", "\033[0m"
 LINE_MOST = 160  # characters of a source line that are shown, around what is underlined
@@ -114,7 +114,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows)
 
 
-def model_row(mapping: Mapping, model: Model) -> dict[str, Any]:
+def model_row(mapping: Family, model: Model) -> dict[str, Any]:
     """One model, as `ckptc models --json` lists it."""
     from ckptc.compile.compiler import layouts
 
@@ -141,7 +141,7 @@ def models(rows: Sequence[dict[str, Any]]) -> str:
     return table([heading, *cells])
 
 
-def model_record(mapping: Mapping, model: Model) -> dict[str, Any]:
+def model_record(mapping: Family, model: Model) -> dict[str, Any]:
     """One model whole, compiled from its shipped numbers in the first layout it has."""
     from ckptc.compile.compiler import compile_plan, layouts
     from ckptc.compile.options import Options

@@ -16,10 +16,10 @@ from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.source import Checkpoint
 from ckptc.plan.model import Plan
-from ckptc.spec.mapping import Mapping, Model, Value
+from ckptc.spec.mapping import Family, Model, Value
 
 
-def graph_again(plan: Plan, mapping: Mapping, model: Model, checkpoint: Checkpoint) -> Graph:
+def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoint) -> Graph:
     """The plan's graph. `checkpoint` is the plan's source.
 
     Raises InputError: `mapping-changed` (the mapping is not the text that the plan was made from), `config-changed`

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -35,17 +35,17 @@ from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ops.dequant import MX_GROUP, DequantMxfp4
 from ckptc.plan import links
 from ckptc.plan import model as plan
-from ckptc.spec.mapping import Mapping, Model
+from ckptc.spec.mapping import Family, Model
 from ckptc.spec.target import TargetTree, target_tree
 
-Tensors = MappingOf[str, SourceTensor]
+Tensors = Mapping[str, SourceTensor]
 
 
 def assemble(
-    mapping: Mapping,
+    mapping: Family,
     model: Model,
     options: Options,
-    dims: MappingOf[str, Any],
+    dims: Mapping[str, Any],
     naming: str,
     graph: Graph,
     folded: tuple[Folded, ...],
@@ -71,7 +71,7 @@ def assemble(
             shards=options.shards,
             memory=options.memory,
             naming=naming,
-            dims=tuple((n, v) for n, v in dims.items() if not isinstance(v, MappingOf)),
+            dims=tuple((n, v) for n, v in dims.items() if not isinstance(v, Mapping)),
             mesh=options.mesh,
             compression=options.compression,
             link=options.link,

@@ -7,8 +7,7 @@ each rule and kind of problem, however many tensors have it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from collections.abc import Mapping as MappingOf
+from collections.abc import Iterable, Mapping
 
 from ckptc.diagnostics import Diagnostic, nearest
 from ckptc.ir.graph import Graph, Leaf, leaves
@@ -16,7 +15,7 @@ from ckptc.ir.source import SourceTensor
 from ckptc.ops.types import TensorType
 
 
-def check(graph: Graph, tensors: MappingOf[str, SourceTensor]) -> list[Diagnostic]:
+def check(graph: Graph, tensors: Mapping[str, SourceTensor]) -> list[Diagnostic]:
     """What is wrong, without repetitions: `missing-tensor`, `shape-mismatch`, `dtype-mismatch`."""
     shapes = _Names(tensors)
     found = (d for t in graph.targets for leaf in leaves(t.node) for d in _leaf(leaf, t.rule, tensors, shapes))
@@ -33,7 +32,7 @@ def _names(leaf: Leaf) -> tuple[str, ...]:
     return leaf.tensors + (leaf.decoded.scales if leaf.decoded else ())
 
 
-def _leaf(leaf: Leaf, rule: str, tensors: MappingOf[str, SourceTensor], shapes: _Names) -> list[Diagnostic]:
+def _leaf(leaf: Leaf, rule: str, tensors: Mapping[str, SourceTensor], shapes: _Names) -> list[Diagnostic]:
     stored = leaf.decoded.stored if leaf.decoded else leaf.each
     problems = _list(leaf, leaf.tensors, stored, rule, tensors, shapes)
     if leaf.decoded:
@@ -46,7 +45,7 @@ def _list(
     names: tuple[str, ...],
     expected: TensorType,
     rule: str,
-    tensors: MappingOf[str, SourceTensor],
+    tensors: Mapping[str, SourceTensor],
     shapes: _Names,
 ) -> list[Diagnostic]:
     absent = [n for n in names if n not in tensors]

@@ -7,8 +7,7 @@ The graph is verified when it is made; every check runs, and all that they find 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Mapping as MappingOf
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,9 @@ from ckptc.ir.graph import Graph
 from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ir.verify import verify
 from ckptc.plan.model import Plan
-from ckptc.spec.mapping import LAYOUTS, Mapping, Model
+from ckptc.spec.mapping import LAYOUTS, Family, Model
 
-Tensors = MappingOf[str, SourceTensor]
+Tensors = Mapping[str, SourceTensor]
 
 
 @dataclass
@@ -47,7 +46,7 @@ CHECKS: tuple[Callable[[Compiled], list[Diagnostic]], ...] = (
 )
 
 
-def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: Checkpoint | None = None) -> Plan:
+def compile_plan(mapping: Family, model: Model, options: Options, checkpoint: Checkpoint | None = None) -> Plan:
     """The plan. Without a checkpoint, dims come from the numbers shipped for the model and nothing is checked against headers.
 
     Raises InputError with everything that is wrong, found before a byte of weight data is read.
@@ -66,7 +65,7 @@ def compile_plan(mapping: Mapping, model: Model, options: Options, checkpoint: C
     return assemble(mapping, model, options, dims, naming, compiled.graph, compiled.folded, checkpoint)
 
 
-def layouts(mapping: Mapping, model: Model) -> tuple[str, ...]:
+def layouts(mapping: Family, model: Model) -> tuple[str, ...]:
     """The layouts the target has for a model, judged by its shipped numbers."""
     dims = evaluate_dims(mapping, model, model.config, {})
     names = {**dims, "config": model.config, "multimodal": False, "dtype": "bfloat16"}
@@ -75,7 +74,7 @@ def layouts(mapping: Mapping, model: Model) -> tuple[str, ...]:
     return tuple(name for name in LAYOUTS if name not in absent)
 
 
-def supported(mapping: Mapping, model: Model, options: Options, names: dict[str, Any]) -> None:
+def supported(mapping: Family, model: Model, options: Options, names: dict[str, Any]) -> None:
     """Raises `unsupported-layout` or `no-towers` for options that the target does not have for this model."""
     scope = Scope(mapping.document, names)
     for entry in mapping.unsupported:
@@ -91,11 +90,11 @@ def supported(mapping: Mapping, model: Model, options: Options, names: dict[str,
 
 
 def expand_namings(
-    mapping: Mapping,
+    mapping: Family,
     options: Options,
-    dims: MappingOf[str, Any],
+    dims: Mapping[str, Any],
     names: dict[str, Any],
-    dtypes: MappingOf[str, str] | None,
+    dtypes: Mapping[str, str] | None,
 ) -> tuple[str, Graph]:
     """Expands under each of the mapping's namings; the names the checkpoint has decide which one it is.
 
@@ -113,11 +112,11 @@ def expand_namings(
 
 
 def all_namings(
-    mapping: Mapping,
+    mapping: Family,
     options: Options,
-    dims: MappingOf[str, Any],
+    dims: Mapping[str, Any],
     names: dict[str, Any],
-    dtypes: MappingOf[str, str] | None,
+    dtypes: Mapping[str, str] | None,
 ) -> Iterator[tuple[str, Graph]]:
     """The graph under each of the mapping's namings, in their order."""
     default = str(names["config"].get("torch_dtype") or names["config"].get("dtype") or "bfloat16")

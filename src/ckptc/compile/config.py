@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from collections.abc import Mapping as MappingOf
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ckptc.spec.mapping import Mapping
+from ckptc.spec.mapping import Family
 
 QUANTIZATION = ("quantization_config", "compression_config", "expert_dtype")  # the last: DeepSeek V4's fp4 experts
 DTYPE_KEYS = ("dtype", "torch_dtype")
 PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
 
 
-def stated_dtype(config: MappingOf[str, Any]) -> str:
+def stated_dtype(config: Mapping[str, Any]) -> str:
     """What the config says its tensors are, itself or in its section of the text model; else bfloat16."""
     section = config.get("text_config")
-    places = (config, section) if isinstance(section, MappingOf) else (config,)
+    places = (config, section) if isinstance(section, Mapping) else (config,)
     found = (str(place[key]) for place in places for key in reversed(DTYPE_KEYS) if place.get(key))
     return next((dtype for dtype in found if dtype in PLAIN), "bfloat16")
 
 
 def adapt(
-    config: MappingOf[str, Any],
-    mapping: Mapping,
-    dims: MappingOf[str, Any],
-    cut: MappingOf[str, tuple[int, int]],
+    config: Mapping[str, Any],
+    mapping: Family,
+    dims: Mapping[str, Any],
+    cut: Mapping[str, tuple[int, int]],
     dtype: str,
     whole: bool,
     codes: bool,
@@ -76,14 +75,14 @@ def _set_dtype(
             yield from _set_dtype(value, dtype, wanted, (*prefix, key))
 
 
-def _without(config: MappingOf[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+def _without(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
     """A copy without the entries of these names, at any depth, and the names of those there were."""
     out: dict[str, Any] = {}
     found = []
     for key, value in config.items():
         if key in keys:
             found.append(key)
-        elif isinstance(value, MappingOf):
+        elif isinstance(value, Mapping):
             out[key], inner = _without(value, keys)
             found += inner
         else:
@@ -92,7 +91,7 @@ def _without(config: MappingOf[str, Any], keys: tuple[str, ...]) -> tuple[dict[s
 
 
 def config_path(
-    mapping: Mapping, dims: MappingOf[str, Any], config: MappingOf[str, Any], name: str
+    mapping: Family, dims: Mapping[str, Any], config: Mapping[str, Any], name: str
 ) -> tuple[str, ...] | None:
     """Where in the config a dim's number stands: `config.text_config.vocab_size`, or a key of a dim that is a
     section.
@@ -104,23 +103,23 @@ def config_path(
     if match[1] == "config":
         return keys
     section = dims.get(match[1])
-    prefix = _find(config, section) if isinstance(section, MappingOf) else None
+    prefix = _find(config, section) if isinstance(section, Mapping) else None
     return None if prefix is None else (*prefix, *keys)
 
 
-def _find(config: MappingOf[str, Any], section: MappingOf[str, Any]) -> tuple[str, ...] | None:
+def _find(config: Mapping[str, Any], section: Mapping[str, Any]) -> tuple[str, ...] | None:
     if config is section:
         return ()
     for key, value in config.items():
-        if isinstance(value, MappingOf) and (inner := _find(value, section)) is not None:
+        if isinstance(value, Mapping) and (inner := _find(value, section)) is not None:
             return (key, *inner)
     return None
 
 
-def _at(config: MappingOf[str, Any], path: tuple[str, ...]) -> Any:
+def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = config
     for key in path:
-        value = value.get(key) if isinstance(value, MappingOf) else None
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from collections.abc import Mapping as MappingOf
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptc.compile.fold import Folded
@@ -87,7 +86,7 @@ def unique_targets(graph: Graph) -> list[Diagnostic]:
     return problems
 
 
-def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, SourceTensor]) -> list[Diagnostic]:
+def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: Mapping[str, SourceTensor]) -> list[Diagnostic]:
     """`unconsumed-tensor`, `partly-consumed-tensor`, `ignored-and-consumed`: one for tensors that differ in numbers only."""
     read = consumption(graph, folded)
     problems = []
@@ -110,7 +109,7 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: MappingOf[str, S
     return _first_of_each(problems)
 
 
-def _unconsumed(left: list[str], read: Consumption, tensors: MappingOf[str, SourceTensor]) -> Diagnostic:
+def _unconsumed(left: list[str], read: Consumption, tensors: Mapping[str, SourceTensor]) -> Diagnostic:
     """One diagnostic for all of them, at the rule whose tensors have the nearest names."""
     notes = [f"`{n}` {tensors[n].dtype}{list(tensors[n].shape)}" for n in left[:SHOWN]]
     notes += [f"and {len(left) - SHOWN} more"] if len(left) > SHOWN else []

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from typing import Any
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean
 from ckptc.spec.expressions import ExpressionError, evaluate, names
-from ckptc.spec.mapping import Mapping, Model, Value
+from ckptc.spec.mapping import Family, Model, Value
 
 
 def evaluate_dims(
-    mapping: Mapping, model: Model | None, config: MappingOf[str, Any], given: MappingOf[str, Value]
+    mapping: Family, model: Model | None, config: Mapping[str, Any], given: Mapping[str, Value]
 ) -> dict[str, Any]:
     """Every dim by name. `given` (from `--set`) wins over the model's `set`, which wins over the mapping.
 
@@ -22,9 +22,7 @@ def evaluate_dims(
 
 
 class _Dims:
-    def __init__(
-        self, mapping: Mapping, model: Model | None, config: MappingOf[str, Any], given: MappingOf[str, Value]
-    ):
+    def __init__(self, mapping: Family, model: Model | None, config: Mapping[str, Any], given: Mapping[str, Value]):
         document = mapping.document
         self.config, self.problems = config, list[Diagnostic]()
         self.values: dict[str, Any] = {}
@@ -47,7 +45,7 @@ class _Dims:
         for name in self.written:
             self._resolve(name, ())
         for name, value in self.values.items():
-            sized = isinstance(value, int | float | str | list | MappingOf)  # a mapping is a section of the config
+            sized = isinstance(value, int | float | str | list | Mapping)  # a mapping is a section of the config
             wrong = not sized or (isinstance(value, float) and value != value)
             if wrong or (isinstance(value, int | float) and value < 0):
                 self._complain("invalid-expression", name, f"is {value!r}, not a size, number or name")

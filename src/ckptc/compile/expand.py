@@ -7,8 +7,7 @@ leaf [layer=26, mlp, embed] of 26 names -> rearrange -> cast -> move `layer` to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from collections.abc import Mapping as MappingOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from ckptc.ops import Cast, Decode, Op, OpError, Rearrange, Stack, TensorType
 from ckptc.ops.rearrange import SizedGroup, fused
 from ckptc.ops.types import Axis, is_float
 from ckptc.spec.document import Path_
-from ckptc.spec.mapping import Mapping, OpSpec, Origin, Place, Rule
+from ckptc.spec.mapping import Family, OpSpec, Origin, Place, Rule
 
 TARGETS_MOST = 10_000  # arrays of one checkpoint
 ELEMENTS_MOST = 1 << 40  # of an array: the largest of published models has 2^37
@@ -31,7 +30,7 @@ StoredDtype = Callable[[str], str]  # the dtype of a source tensor by name
 
 @dataclass
 class _Expansion:
-    mapping: Mapping
+    mapping: Family
     scope: Scope
     options: Options
     stored: StoredDtype
@@ -54,9 +53,9 @@ class _Here:
 
 
 def expand(
-    mapping: Mapping,
+    mapping: Family,
     options: Options,
-    dims: MappingOf[str, Any],
+    dims: Mapping[str, Any],
     names: Names,
     stored: StoredDtype,
     present: Callable[[str], bool] = lambda name: True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -29,13 +29,13 @@ from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
 from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored, lay_out
 from ckptc.plan.regions import padding_bytes
-from ckptc.spec.mapping import Mapping, Model
+from ckptc.spec.mapping import Family, Model
 
 EIGHT_BITS = "float8"
 
 
 def compile_export(
-    mapping: Mapping, model: Model, options: ExportOptions, saved: Saved, original: Original | None = None
+    mapping: Family, model: Model, options: ExportOptions, saved: Saved, original: Original | None = None
 ) -> plan.Plan:
     """The plan. Raises InputError with everything that is wrong, found before an array is read."""
     config = original.config if original and original.config else model.config
@@ -51,12 +51,12 @@ class _Export:
 
     def __init__(
         self,
-        mapping: Mapping,
+        mapping: Family,
         model: Model,
         options: ExportOptions,
         saved: Saved,
         original: Original | None,
-        config: MappingOf[str, Any],
+        config: Mapping[str, Any],
         read: Reading,
     ) -> None:
         self.mapping, self.model, self.options = mapping, model, options
@@ -135,7 +135,7 @@ class _Export:
             kind="export",
         )
 
-    def _choices(self, counts: MappingOf[Kind, int]) -> plan.Choices:
+    def _choices(self, counts: Mapping[Kind, int]) -> plan.Choices:
         return plan.Choices(
             layout=self.read.layout,
             dtype=_most(counts),
@@ -143,7 +143,7 @@ class _Export:
             shards=1,
             memory=self.options.memory,
             naming=self.read.naming,
-            dims=tuple((n, v) for n, v in self.read.dims.items() if not isinstance(v, MappingOf)),
+            dims=tuple((n, v) for n, v in self.read.dims.items() if not isinstance(v, Mapping)),
         )
 
     def _dtype(self, tensor: Inverted) -> str:
@@ -258,7 +258,7 @@ class _Export:
         out += [plan.LeftOut(i.shown, i.reason, 0, 0) for i in self.read.graph.ignored]
         return tuple(out)
 
-    def _config(self, counts: MappingOf[Kind, int], twins: bool) -> tuple[dict[str, Any], list[str]]:
+    def _config(self, counts: Mapping[Kind, int], twins: bool) -> tuple[dict[str, Any], list[str]]:
         notes = []
         if self.saved.place:
             notes.append(f"reads {self.saved.place}")
@@ -296,7 +296,7 @@ def _once(pieces: list[Piece]) -> list[Piece]:
     return list({id(p.template): p for p in pieces}.values())
 
 
-def _most(counts: MappingOf[Kind, int]) -> str:
+def _most(counts: Mapping[Kind, int]) -> str:
     """The dtype of most bytes; bfloat16 of none."""
     found: Counter[str] = Counter()
     for kind, count in counts.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckptc.compile.mesh import Mesh
@@ -17,7 +17,7 @@ class Options:
     layout: str = "scanned"  # or "unscanned"
     dtype: str = "bfloat16"  # of stored floating arrays, where a rule does not say otherwise
     multimodal: bool = False  # whether vision and audio towers are converted
-    set: MappingOf[str, Value] = field(default_factory=dict)  # dims by name, from --set
+    set: Mapping[str, Value] = field(default_factory=dict)  # dims by name, from --set
     shards: int = 16  # storage shards of an array, along the first axis they divide, else the second
     mesh: Mesh = ()  # the device mesh that arrays are sharded for instead; () for none
     rules: Rules = ()  # for the mesh

@@ -8,8 +8,7 @@ whose tensors are packed codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping as MappingOf
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from ckptc.compile.options import MIB, Options
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.saved import Original, Saved, SavedArray
-from ckptc.spec.mapping import LAYOUTS, Mapping, Model, Value
+from ckptc.spec.mapping import LAYOUTS, Family, Model, Value
 
 GB = 10**9
 SCALES = "_scale_inv"  # what a tensor of scales is called, after the tensor of codes
@@ -30,7 +29,7 @@ SCALES = "_scale_inv"  # what a tensor of scales is called, after the tensor of 
 class ExportOptions:
     dtype: str | None = None  # of floating tensors; None: the original's, else the config's, else bfloat16
     multimodal: bool = False
-    set: MappingOf[str, Value] = field(default_factory=dict)
+    set: Mapping[str, Value] = field(default_factory=dict)
     layout: str | None = None  # None: the checkpoint's own
     memory: int = 1024 * MIB  # bytes of buffers a run may hold
     max_shard: int = 5 * GB  # bytes of tensors in a file
@@ -48,12 +47,12 @@ class Reading:
 
 
 def read(
-    mapping: Mapping,
+    mapping: Family,
     model: Model,
     options: ExportOptions,
     saved: Saved,
     original: Original | None,
-    config: MappingOf[str, Any],
+    config: Mapping[str, Any],
 ) -> Reading:
     """The mapping in the checkpoint's layout. Raises `layout-mismatch` where an option says another."""
     scanned = saved.custom.get("scan_layers")
@@ -86,12 +85,12 @@ def _contradiction(layout: str, why: str) -> InputError:
 
 def _read_as(
     layout: str,
-    mapping: Mapping,
+    mapping: Family,
     model: Model,
     options: ExportOptions,
     saved: Saved,
     original: Original | None,
-    config: MappingOf[str, Any],
+    config: Mapping[str, Any],
 ) -> Reading:
     given = dict(options.set)
     dtypes = original.dtypes if original else None
@@ -129,7 +128,7 @@ def _unfit(graph: Graph) -> bool:
     return packed or any(n.endswith(SCALES) and n.removesuffix(SCALES) not in names for n in names)
 
 
-def _paddings(mapping: Mapping, read: Reading) -> dict[str, int]:
+def _paddings(mapping: Family, read: Reading) -> dict[str, int]:
     """Dims that are the sizes of padded axes, where the arrays have others than the mapping gives."""
     by_rule: dict[str, dict[str, str]] = {}
     for block, rules in [("", mapping.rules), *((f"{b.name}: ", b.rules) for b in mapping.blocks)]:

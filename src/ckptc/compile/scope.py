@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from collections.abc import Mapping as MappingOf
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -59,11 +58,11 @@ class _Budget:
 class Scope:
     """The mapping's document and the values of dims; raises InputError for what fails, at `where` in the YAML."""
 
-    def __init__(self, document: Document, dims: MappingOf[str, Any], budget: _Budget | None = None) -> None:
+    def __init__(self, document: Document, dims: Mapping[str, Any], budget: _Budget | None = None) -> None:
         self.document, self.dims = document, dims
         self._budget = budget or _Budget()
 
-    def resized(self, dims: MappingOf[str, Any]) -> Scope:
+    def resized(self, dims: Mapping[str, Any]) -> Scope:
         """The scope in which `dims` have other values."""
         return Scope(self.document, {**self.dims, **dims}, self._budget) if dims else self
 
@@ -119,7 +118,7 @@ class Scope:
             return value
         raise self.error(where, f"`{over}` is {value!r}, a count, a range or a list is needed")
 
-    def loops(self, loop: MappingOf[str, LoopOver], names: Names, where: Path_) -> Iterator[Names]:
+    def loops(self, loop: Mapping[str, LoopOver], names: Names, where: Path_) -> Iterator[Names]:
         """Every combination of the loop variables, outermost slowest; later ones may use earlier ones."""
         if not loop:
             yield names
@@ -129,7 +128,7 @@ class Scope:
             self._spend(1, (*where, "for", variable))
             yield from self.loops(dict(rest), {**names, variable: value}, where)
 
-    def stack(self, stack: MappingOf[str, Value], names: Names, where: Path_) -> tuple[tuple[Axis, ...], list[Names]]:
+    def stack(self, stack: Mapping[str, Value], names: Names, where: Path_) -> tuple[tuple[Axis, ...], list[Names]]:
         """The stacking axes, and the names at each point of their grid, row-major. An empty stack is one point."""
         ranges = {v: self.span_of(over, names, (*where, "stack", v)) for v, over in stack.items()}
         axes = tuple(Axis(v, len(r)) for v, r in ranges.items())
@@ -165,12 +164,12 @@ class Scope:
             raise InputError([Diagnostic("invalid-pattern", str(error), span)]) from None
 
     def groups(
-        self, groups: Sequence[Group], known: MappingOf[str, int], text: str, where: Path_
+        self, groups: Sequence[Group], known: Mapping[str, int], text: str, where: Path_
     ) -> tuple[SizedGroup, ...]:
         """The groups with sizes, from `known` axes and from dims. Raises InputError `unknown-dim` at the name."""
         return tuple(tuple(Axis(n, self.size(n, known, text, where)) for n in group) for group in groups)
 
-    def size(self, name: str, known: MappingOf[str, int], text: str, where: Path_) -> int:
+    def size(self, name: str, known: Mapping[str, int], text: str, where: Path_) -> int:
         if name in known:
             return known[name]
         value = self.dims.get(name)

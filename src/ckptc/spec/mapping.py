@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,8 +44,8 @@ class Rule:
     ops: tuple[OpSpec, ...]
     fill: float | None
     dtype: str | None
-    loop: MappingOf[str, LoopOver]
-    stack: MappingOf[str, Value]
+    loop: Mapping[str, LoopOver]
+    stack: Mapping[str, Value]
     when: Value | None
     collection: str
     axes: str | None
@@ -59,10 +59,10 @@ class Place:
     """Where the layers of a block go: separate arrays for each value of `loop`, one axis for each variable of `stack`."""
 
     at: str
-    loop: MappingOf[str, LoopOver]
-    stack: MappingOf[str, Value]
+    loop: Mapping[str, LoopOver]
+    stack: Mapping[str, Value]
     axis: tuple[int, ...]
-    let: MappingOf[str, Value]
+    let: Mapping[str, Value]
     when: Value | None
     where: Path_
 
@@ -71,7 +71,7 @@ class Place:
 class Block:
     name: str
     source: str
-    places: MappingOf[str, tuple[Place, ...]]  # by layout
+    places: Mapping[str, tuple[Place, ...]]  # by layout
     when: Value | None
     rules: tuple[Rule, ...]
     where: Path_
@@ -81,8 +81,8 @@ class Block:
 class Model:
     name: str
     repo: str
-    config: MappingOf[str, Any]
-    set: MappingOf[str, Value]
+    config: Mapping[str, Any]
+    set: Mapping[str, Value]
     where: Path_
 
 
@@ -90,7 +90,7 @@ class Model:
 class Ignore:
     source: str
     reason: str
-    loop: MappingOf[str, LoopOver]
+    loop: Mapping[str, LoopOver]
     when: Value | None
     where: Path_
 
@@ -115,23 +115,23 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Family:
     family: str
     title: str
     target: str
-    dims: MappingOf[str, Value]
-    models: MappingOf[str, Model]
+    dims: Mapping[str, Value]
+    models: Mapping[str, Model]
     multimodal: bool
     unsupported: tuple[Unsupported, ...]
     decode: tuple[Decoding, ...]
-    sources: MappingOf[str, MappingOf[str, Value]]
+    sources: Mapping[str, Mapping[str, Value]]
     rules: tuple[Rule, ...]
     blocks: tuple[Block, ...]
     ignore: tuple[Ignore, ...]
     document: Document
 
 
-def load_mapping(path: Path, name: str | None = None) -> Mapping:
+def load_mapping(path: Path, name: str | None = None) -> Family:
     """Read, check against the schema, and type a mapping file. Raises InputError with every problem found."""
     document = load(path, name)
     check(document)
@@ -139,18 +139,18 @@ def load_mapping(path: Path, name: str | None = None) -> Mapping:
 
 
 @cache
-def load_shipped(path: Path) -> Mapping:
+def load_shipped(path: Path) -> Family:
     """One of the mappings that come with ckptc."""
     return load_mapping(path, f"mappings/{path.name}")
 
 
 @cache
-def shipped() -> tuple[Mapping, ...]:
+def shipped() -> tuple[Family, ...]:
     """The mappings that come with ckptc, by family name."""
     return tuple(sorted((load_shipped(p) for p in mapping_files()), key=lambda m: m.family))
 
 
-def find_model(name: str, mappings: tuple[Mapping, ...] | None = None) -> tuple[Mapping, Model]:
+def find_model(name: str, mappings: tuple[Family, ...] | None = None) -> tuple[Family, Model]:
     """The mapping and the model called `name`. Raises InputError `unknown-model`, naming the nearest."""
     if mappings is None:
         # Only the files that mention the name are read: parsing all of them is most of a short command's time.
@@ -173,9 +173,9 @@ def find_model(name: str, mappings: tuple[Mapping, ...] | None = None) -> tuple[
     )
 
 
-def _mapping(document: Document) -> Mapping:
+def _mapping(document: Document) -> Family:
     data = document.data
-    return Mapping(
+    return Family(
         family=data["family"],
         title=data.get("title", ""),
         target=data["target"],
@@ -279,9 +279,9 @@ def _places(data: list[dict[str, Any]], where: Path_) -> tuple[Place, ...]:
 
 __all__ = [
     "Block",
+    "Family",
     "Ignore",
     "InputError",
-    "Mapping",
     "Model",
     "OpSpec",
     "Origin",
