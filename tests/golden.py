@@ -17,12 +17,12 @@ import numpy as np
 
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
-from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.ranges import RangeReader
 from ckptc.ir.source import Checkpoint, SourceFile
 from ckptc.plan.model import Plan
 from ckptc.run.worker import Worker
 from ckptc.spec import mapping as spec
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.storage.source.ranges import RangeReader
 from reference import GoldenCase, expected_arrays, golden_cases, read_safetensors
 
 Array = np.ndarray[Any, Any]

@@ -11,14 +11,14 @@ import numpy as np
 
 from ckptc.compile.export import compile_export
 from ckptc.compile.reading import ExportOptions
-from ckptc.io.orbax_reader import open_saved
-from ckptc.io.original import open_original
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Exactness, Plan
 from ckptc.plan.outputs import Kind
 from ckptc.run.export import ExportReport, export
 from ckptc.run.runner import run
 from ckptc.spec import mapping as spec
+from ckptc.storage.checkpoint.companions import open_original
+from ckptc.storage.checkpoint.orbax_reader import open_saved
 from golden import Arrays, compile_case, difference, source_tensors
 from reference import GoldenCase
 

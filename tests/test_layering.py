@@ -10,18 +10,25 @@ import ckptc
 
 SOURCE = Path(ckptc.__file__).parent
 FILES = sorted(p for p in SOURCE.rglob("*.py") if "_data" not in p.parts)
-ORDER = ("diagnostics", "spec", "ops", "ir", "plan", "compile", "io", "run", "cli", "__main__")
+ORDER = ("diagnostics", "spec", "ops", "ir", "plan", "compile", "storage", "run", "cli", "__main__")
 # What a stage does without, of the stages before it: the table in the design.
 APART = {
     "ops": {"diagnostics", "spec"},
     "ir": {"spec"},
     "plan": {"spec", "ir"},  # not how it was made
-    "io": {"spec", "plan", "compile"},
+    "storage": {"spec", "plan", "compile"},
     "run": {"spec", "compile"},  # needs nothing but the plan and the source
 }
 EXCEPTIONS = {("plan", "ckptc.spec.resources")}  # the shipped schema
 # Libraries that belong to one stage alone.
-AT_HOME = {"ruamel": "spec", "jinja2": "spec", "tensorstore": "io", "orbax": "io", "rich": "cli", "argparse": "cli"}
+AT_HOME = {
+    "ruamel": "spec",
+    "jinja2": "spec",
+    "tensorstore": "storage",
+    "orbax": "storage",
+    "rich": "cli",
+    "argparse": "cli",
+}
 NEVER = ("torch", "transformers", "maxtext", "MaxText", "pickle", "dill", "cloudpickle")
 LINES_MOST = 400
 

@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bench_measure import described, machine
-from ckptc.io.bulk import page_buffer
 from ckptc.ops import DequantBlockFp8, DequantMxfp4
 from ckptc.ops.dequant import Decode
 from ckptc.ops.nest import Part, whole
@@ -37,6 +36,7 @@ from ckptc.plan.reads import places_in, plan_rows, scale_runs
 from ckptc.run.checksum import Summer
 from ckptc.run.decode import Decoder
 from ckptc.run.kernel import Conversion, Kernel, Loop, Math
+from ckptc.storage.sink.file import page_buffer
 
 Array = npt.NDArray[Any]
 Made = tuple[Callable[[], object], float]  # does the work once; the bytes it counts

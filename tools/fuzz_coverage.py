@@ -27,12 +27,12 @@ with atheris.instrument_imports(include=["ckptc", "ruamel"]):
     from ckptc.compile.compiler import compile_plan
     from ckptc.compile.options import Options
     from ckptc.diagnostics import InputError
-    from ckptc.io.safetensors import parse_header, strict_json
     from ckptc.plan.check import check_plan
     from ckptc.plan.json import dumps, loads
     from ckptc.spec.document import parse
     from ckptc.spec.expressions import ExpressionError, evaluate, render
     from ckptc.spec.mapping import find_model, load_mapping
+    from ckptc.storage.formats.safetensors import parse_header, strict_json
 
 
 def headers(data: bytes) -> None:

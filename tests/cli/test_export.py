@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Command
 
-from ckptc.io import orbax_reader
 from ckptc.plan.model import Exactness
+from ckptc.storage.checkpoint import orbax_reader
 from reference import DATA
 
 GOLDEN = DATA / "golden/qwen3_moe"

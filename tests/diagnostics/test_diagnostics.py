@@ -33,8 +33,8 @@ import pytest
 
 from ckptc.cli.explain import catalogue
 from ckptc.cli.main import INPUT_AT_FAULT, run
-from ckptc.io.safetensors import DTYPES
 from ckptc.run.journal import LOCK
+from ckptc.storage.formats.safetensors import DTYPES
 
 HERE = Path(__file__).parent
 CASES = sorted(p.name for p in HERE.iterdir() if p.is_dir() and p.name != "__pycache__")

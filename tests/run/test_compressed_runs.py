@@ -17,12 +17,12 @@ from tests.run.test_resume import CASE, SLOW, assert_no_checkpoint, done_units, 
 
 from ckptc.cli import main
 from ckptc.diagnostics import InputError
-from ckptc.io.restored import open_restored
 from ckptc.plan.check import check_plan
 from ckptc.plan.json import dumps, loads
 from ckptc.run import preflight, runner
 from ckptc.run.verify import check_sums
 from ckptc.spec.target import target_tree
+from ckptc.storage.checkpoint.restored import open_restored
 from golden import compile_case, differences, expected_of, known_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")

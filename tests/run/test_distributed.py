@@ -61,7 +61,8 @@ class Run:
         script = f"""\
 import os, time
 from ckptc.cli.main import main
-from ckptc.run import distributed, journal, peers, worker
+from ckptc.run import distributed, journal, worker
+from ckptc.run import coordinator as peers
 journal.SYNC_SECONDS = 0.0
 os.fsync = os.fdatasync = lambda descriptor: None
 {patch}

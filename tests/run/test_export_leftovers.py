@@ -16,13 +16,13 @@ from safetensors.numpy import load_file, save_file
 
 from ckptc.compile.export import compile_export
 from ckptc.compile.reading import ExportOptions
-from ckptc.io.orbax_reader import open_saved
-from ckptc.io.original import open_original
 from ckptc.plan.check import check_plan
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Plan
 from ckptc.run.export import ExportReport, export
 from ckptc.spec.mapping import find_model, load_mapping
+from ckptc.storage.checkpoint.companions import open_original
+from ckptc.storage.checkpoint.orbax_reader import open_saved
 
 HEADS, HEAD, WIDE, EMBED, VOCAB = 3, 2, 4, 5, 7
 MAPPING = """

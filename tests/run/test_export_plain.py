@@ -15,10 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ckptc.diagnostics import InputError
-from ckptc.io.orbax_reader import find_items, list_plain, open_reader, open_saved
-from ckptc.io.plain_chunks import PlainIndex
 from ckptc.plan.json import dumps
 from ckptc.run.export import export
+from ckptc.storage.checkpoint.orbax_index import PlainIndex
+from ckptc.storage.checkpoint.orbax_reader import find_items, list_plain, open_reader, open_saved
 from golden import known_cases, source_tensors
 from roundtrip import broken_promises, converted, export_plan, exported
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from ckptc.diagnostics import InputError
-from ckptc.io.orbax import Entry, ItemsWriter
-from ckptc.io.orbax_metadata import ArraySpec
 from ckptc.run import journal
 from ckptc.run.journal import LOCK, UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums
+from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter
+from ckptc.storage.formats.orbax_metadata import ArraySpec
 
 SPEC = ArraySpec(("params", "params", "w"), (64,), "uint8", (8,), (1,))
 PLAN, OTHER = "sha256:" + "1" * 64, "sha256:" + "2" * 64

@@ -83,8 +83,9 @@ def there(plan_file: Path, output: str, *options: str, patch: str = "", shown: s
     script = f"""\
 import os, signal, time
 from ckptc.cli.main import main
-from ckptc.io import objects
-from ckptc.run import distributed, peers, remote, runner, work, worker
+from ckptc.storage.sink import bucket as objects
+from ckptc.run import distributed, remote, runner, work, worker
+from ckptc.run import coordinator as peers
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 def after(module, name):

@@ -22,13 +22,13 @@ import pytest
 
 from ckptc.cli.main import run as command
 from ckptc.diagnostics import InputError
-from ckptc.io.orbax import ItemsWriter
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Plan
 from ckptc.run import journal, runner, worker
 from ckptc.run.journal import LOCK, UNFINISHED
 from ckptc.run.runner import Settings
 from ckptc.run.verify import check_sums
+from ckptc.storage.checkpoint.orbax_writer import ItemsWriter
 from golden import checkpoint_of, compile_case, differences, expected_of, known_cases
 from restoring import restored
 from waiting import SECONDS, wait_for

@@ -19,13 +19,13 @@ from ckptc.cli import main
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
 from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.orbax import ItemsWriter
 from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
 from ckptc.run import runner, worker
 from ckptc.run.runner import Progress, Settings
 from ckptc.spec.mapping import find_model
+from ckptc.storage.checkpoint.orbax_writer import ItemsWriter
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from reference import DATA
 
 MODEL, GOLDEN = "llama3.1-8b", DATA / "golden" / "llama3_1" / "hf"  # in two files

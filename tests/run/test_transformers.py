@@ -18,11 +18,11 @@ import pytest
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
 from ckptc.diagnostics import InputError
-from ckptc.io.checkpoint import open_checkpoint
 from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
 from ckptc.run.runner import run
 from ckptc.spec.mapping import find_model
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from reference import tree
 
 torch = pytest.importorskip("torch")

@@ -17,17 +17,18 @@ import pytest
 
 import ckptc
 from ckptc.cli.main import run as command
-from ckptc.compile.again import graph_again
+from ckptc.compile.recompile import graph_again
 from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.io.restored import open_restored
 from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.source import Checkpoint
 from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
-from ckptc.run import runner, straight, worker
+from ckptc.run import reference as straight
+from ckptc.run import runner, worker
 from ckptc.run.runner import Settings
 from ckptc.run.verify import Verified, _compare_chunk, _Difference, check_sums, compare
 from ckptc.spec import mapping as spec
+from ckptc.storage.checkpoint.restored import open_restored
 from golden import checkpoint_of, compile_case, known_cases
 from reference import GoldenCase, read_safetensors
 
@@ -291,7 +292,7 @@ def test_elements_are_compared_as_bits(expected: Any, stored: Any, wrong: int) -
 
 def test_it_shares_nothing_with_the_executor() -> None:
     """No folded parts, no byte ranges, no kernel: or a fault in them might be on both sides."""
-    root, seen, rest = Path(ckptc.__file__).parents[1], set[str](), ["ckptc.run.straight", "ckptc.run.verify"]
+    root, seen, rest = Path(ckptc.__file__).parents[1], set[str](), ["ckptc.run.reference", "ckptc.run.verify"]
     while rest:
         module = rest.pop()
         path = root / f"{module.replace('.', '/')}.py"
@@ -303,9 +304,14 @@ def test_it_shares_nothing_with_the_executor() -> None:
             rest += [n.module for n in tops if isinstance(n, ast.ImportFrom) and n.module]
             rest += [f"{n.module}.{a.name}" for n in tops if isinstance(n, ast.ImportFrom) for a in n.names]
     assert {m for m in seen if m.startswith("ckptc.run.")} == {
-        "ckptc.run.straight", "ckptc.run.verify", "ckptc.run.checksum"
+        "ckptc.run.reference", "ckptc.run.verify", "ckptc.run.checksum"
     }  # fmt: skip
-    assert not seen & {"ckptc.plan.reads", "ckptc.plan.model", "ckptc.compile.fold", "ckptc.io.orbax"}
+    assert not seen & {
+        "ckptc.plan.reads",
+        "ckptc.plan.model",
+        "ckptc.compile.fold",
+        "ckptc.storage.checkpoint.orbax_writer",
+    }
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

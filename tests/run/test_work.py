@@ -15,12 +15,12 @@ from tests.run.test_worker import write
 
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
-from ckptc.io import bulk
-from ckptc.io.bulk import LEAST
-from ckptc.io.ranges import RangeReader
 from ckptc.plan.model import Plan
 from ckptc.run import work
 from ckptc.spec.mapping import load_mapping
+from ckptc.storage.sink import file as bulk
+from ckptc.storage.sink.file import LEAST
+from ckptc.storage.source.ranges import RangeReader
 
 MAPPING = """
 family: tiny

@@ -22,8 +22,6 @@ from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
 from ckptc.compile.schedule import account
 from ckptc.diagnostics import InputError
-from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.ranges import RangeReader
 from ckptc.ir.source import Checkpoint, SourceFile
 from ckptc.ops import Add, Axis, Cast, Concat, Decode, Pad, ReshapeHeads, Scale, Slice, Stack, TensorType, Transpose
 from ckptc.ops.nest import Part, whole
@@ -32,6 +30,8 @@ from ckptc.plan.model import Array as Target
 from ckptc.plan.model import Plan
 from ckptc.run.worker import Worker, constant
 from ckptc.spec.mapping import load_mapping
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.storage.source.ranges import RangeReader
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Shape = tuple[int, ...]

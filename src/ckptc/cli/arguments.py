@@ -166,7 +166,7 @@ def jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def together(parser: argparse.ArgumentParser) -> None:
-    """How several processes run one plan. `ckptc.cli.together` reads them."""
+    """How several processes run one plan. `ckptc.cli.processes` reads them."""
     group = parser.add_argument_group(
         "several processes or machines",
         "The same command is started once for each process, with a shared --output; each makes its part of the plan, by "

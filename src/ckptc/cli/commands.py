@@ -11,14 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptc.cli import export, render, together
+from ckptc.cli import export, render
+from ckptc.cli import processes as together
 from ckptc.cli.progress import show_progress
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.mesh import Mesh, read_mesh
 from ckptc.compile.options import Options
 from ckptc.diagnostics import fail
-from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.locate import remember
 from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
 from ckptc.plan.division import balance
@@ -26,9 +25,11 @@ from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Family, Model, find_model, load_mapping, shipped
 from ckptc.spec.rules import load_rules
 from ckptc.spec.target import Rules, target_tree
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.storage.source.remembered import remember
 
 if TYPE_CHECKING:
-    from ckptc.run.peers import Alone
+    from ckptc.run.coordinator import Alone
 
 _PLAN_BEGINS = b'{\n "format":'
 

@@ -14,10 +14,10 @@ from ckptc.cli import arguments, render
 from ckptc.cli.progress import show_progress
 
 if TYPE_CHECKING:
-    from ckptc.io.plain_chunks import PlainIndex
     from ckptc.plan.model import Exactness, Plan
-    from ckptc.run.apart import Apart
     from ckptc.run.diff import Comparison, Difference
+    from ckptc.run.forked_call import Apart
+    from ckptc.storage.checkpoint.orbax_index import PlainIndex
 
 MEMORY = 1024 * arguments.MIB  # of an export
 SHOWN = 40  # differences that are printed; --json has all
@@ -130,10 +130,10 @@ def reading(args: argparse.Namespace, chunks: bool) -> Apart:
     """Begins to read what the checkpoint's metadata says, by TensorStore, which has threads: meanwhile, what else is
     needed can be loaded. `chunks`: whether to list where they lie, too, which only a run needs.
     """
-    from ckptc.run.apart import Apart
+    from ckptc.run.forked_call import Apart
 
     def read() -> list[Any]:
-        from ckptc.io.orbax_reader import list_plain, open_saved
+        from ckptc.storage.checkpoint.orbax_reader import list_plain, open_saved
 
         saved, items = open_saved(Path(args.source))
         return [saved.record(), list_plain(items).record() if chunks else None, str(items)]
@@ -148,11 +148,11 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | 
     from ckptc.cli.commands import find
     from ckptc.compile.export import compile_export
     from ckptc.compile.reading import ExportOptions
-    from ckptc.io.locate import remember
-    from ckptc.io.original import open_original
-    from ckptc.io.plain_chunks import PlainIndex
     from ckptc.ir.saved import Saved
     from ckptc.run.export import companions_digest
+    from ckptc.storage.checkpoint.companions import open_original
+    from ckptc.storage.checkpoint.orbax_index import PlainIndex
+    from ckptc.storage.source.remembered import remember
 
     mapping, model = find(args)
     record, chunks, items = work.result()

@@ -21,7 +21,7 @@ SHOWN = 20  # names of linked arrays
 
 
 def verify(args: argparse.Namespace) -> None:
-    from ckptc.io.restored import find_step
+    from ckptc.storage.checkpoint.restored import find_step
 
     target = Path(args.target)
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
@@ -69,14 +69,14 @@ def against_source(
     """Compares the checkpoint in `step` with the plan's source, through ops of the plan's mapping (`mapping`: its file,
     where it is not a shipped one). Raises InputError for what differs, and for a mapping or source that is another one.
     """
-    from ckptc.compile.again import graph_again
-    from ckptc.io.checkpoint import open_checkpoint
+    from ckptc.compile.recompile import graph_again
     from ckptc.ir.source import SourceFile
     from ckptc.run.preflight import check_source
     from ckptc.run.runner import find_source
     from ckptc.run.verify import compare
     from ckptc.run.work import Progress
     from ckptc.spec.mapping import find_model, load_mapping
+    from ckptc.storage.checkpoint.safetensors import open_checkpoint
 
     if plan.made.kind != "import":
         raise fail("not-verified", "only conversions to Orbax are verified against their source")

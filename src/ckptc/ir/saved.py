@@ -1,4 +1,4 @@
-"""Records of an Orbax checkpoint, as its metadata states it. Pure data: `ckptc.io` reads them, `ckptc.compile` uses
+"""Records of an Orbax checkpoint, as its metadata states it. Pure data: `ckptc.storage` reads them, `ckptc.compile` uses
 them.
 """
 

@@ -1,4 +1,4 @@
-"""Records of what a checkpoint holds, as its headers state it. Pure data: `ckptc.io` reads them, `ckptc.compile` uses them."""
+"""Records of what a checkpoint holds, as its headers state it. Pure data: `ckptc.storage` reads them, `ckptc.compile` uses them."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import fail
-from ckptc.io.checkpoint import open_checkpoint
-from ckptc.io.orbax_reader import open_reader, open_saved
-from ckptc.io.ranges import RangeReader
-from ckptc.io.safetensors_writer import runs
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box
+from ckptc.storage.checkpoint.orbax_reader import open_reader, open_saved
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.storage.checkpoint.safetensors_writer import runs
+from ckptc.storage.source.ranges import RangeReader
 
 Values = npt.NDArray[Any]
 SHARE = 32  # a box takes at most this fraction of the budget: there are two, and numbers computed from both

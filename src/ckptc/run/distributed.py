@@ -1,6 +1,6 @@
 """One output of several processes: process 0 opens the unfinished run and says what is in it, the others join it.
 
-What they say to each other (`ckptc.run.peers`), by topic, in this order:
+What they say to each other (`ckptc.run.coordinator`), by topic, in this order:
 
     plan       each: the digest of its plan, and its version of ckptc; all must have the same
     opened     process 0: what earlier runs have done, or that they have committed
@@ -26,8 +26,8 @@ from ckptc.diagnostics import fail
 from ckptc.plan.division import divide, load
 from ckptc.plan.model import Plan
 from ckptc.plan.order import Unit
+from ckptc.run.coordinator import Alone, seen
 from ckptc.run.output import Output, Unfinished
-from ckptc.run.peers import Alone, seen
 
 
 def agree(peers: Alone, digest: str) -> None:

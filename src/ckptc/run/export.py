@@ -17,21 +17,21 @@ from functools import partial
 from pathlib import Path
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.io.locate import located
-from ckptc.io.orbax_reader import ArrayReader, check_saved, find_items, list_plain, open_reader
-from ckptc.io.original import identify
-from ckptc.io.plain_chunks import PlainIndex
-from ckptc.io.safetensors_writer import CheckpointWriter, FileSpec
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.plan.outputs import INDEX, Outputs, config_text, header, index
-from ckptc.run.apart import apart, can_fork
 from ckptc.run.exporter import Exporter, units
+from ckptc.run.forked_call import apart, can_fork
 from ckptc.run.journal import output_error
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
 from ckptc.run.work import Progress, worker_bytes
+from ckptc.storage.checkpoint.companions import identify
+from ckptc.storage.checkpoint.orbax_index import PlainIndex
+from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, find_items, list_plain, open_reader
+from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
+from ckptc.storage.source.remembered import located
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.io.bulk import grown
-from ckptc.io.orbax_reader import ArrayReader
-from ckptc.io.safetensors_writer import CheckpointWriter
 from ckptc.ops.nest import Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box, Plan
@@ -33,6 +30,9 @@ from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored
 from ckptc.plan.regions import Region, indices, made_bytes, needs, padding_region, pieces, place_in, within
 from ckptc.run.kernel import Conversion, Kernel, Loop
 from ckptc.run.worker import target_loops
+from ckptc.storage.checkpoint.orbax_reader import ArrayReader
+from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter
+from ckptc.storage.sink.file import grown
 
 IN_FLIGHT = 8 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
 SLAB = 64 << 20  # bytes of padding looked at at once

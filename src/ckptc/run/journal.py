@@ -34,9 +34,9 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptc.diagnostics import InputError, fail
-from ckptc.io.orbax import Entry, ItemsWriter, WriterState, commit, make_durable
-from ckptc.io.place import Directory
 from ckptc.run import checksum
+from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, commit, make_durable
+from ckptc.storage.sink.directory import Directory
 
 LOCK = ".ckptc-lock"
 UNFINISHED = ".ckptc-unfinished"  # not a step's name: no reader takes it for a checkpoint

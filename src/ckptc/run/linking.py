@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ckptc.diagnostics import InputError
-from ckptc.io.links import LinkedChunks, LinkedFile, link_files, record
 from ckptc.ir.source import SourceFile
 from ckptc.plan.links import places
 from ckptc.plan.model import Plan
 from ckptc.run import journal
 from ckptc.run.output import Unfinished
+from ckptc.storage.checkpoint.links import LinkedChunks, LinkedFile, link_files, record
 
 
 @dataclass(frozen=True)

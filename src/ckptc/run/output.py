@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckptc.diagnostics import fail
-from ckptc.io.orbax import Entry, ItemsWriter, WriterState
-from ckptc.io.place import Place
-from ckptc.io.restored import custom_metadata_of
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Plan
 from ckptc.run import journal
+from ckptc.run.coordinator import Alone, seen
 from ckptc.run.journal import UNFINISHED, open_unfinished, output_error
-from ckptc.run.peers import Alone, seen
 from ckptc.run.preflight import check_room
+from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState
+from ckptc.storage.checkpoint.restored import custom_metadata_of
+from ckptc.storage.sink.directory import Place
 
 STEP = "0"  # the step directory that MaxText's converter writes
 
@@ -42,7 +42,7 @@ class Finish(Protocol):
     """Writes a checkpoint's index and metadata."""
 
     def __call__(self, check: Callable[[], None] = ...) -> None:
-        """`check`: what `ckptc.io.orbax.finish` calls before it goes on."""
+        """`check`: what `ckptc.storage.checkpoint.orbax_writer.finish` calls before it goes on."""
 
 
 class Unfinished(Protocol):

@@ -1,6 +1,6 @@
 """An output in an object store, and what an unfinished run has done there.
 
-    <url>/0/…                              the checkpoint, where it stays; finished by its last object (`ckptc.io.objects`)
+    <url>/0/…                              the checkpoint, where it stays; finished by its last object (`ckptc.storage.sink.bucket`)
     <url>/.ckptc-unfinished/
         plan                               JSON: the one plan that all of this belongs to, when it was begun, whether there
                                            was an older checkpoint then, and which run is the latest
@@ -37,14 +37,14 @@ from types import TracebackType
 from typing import Any
 
 from ckptc.diagnostics import InputError, fail
-from ckptc.io.objects import MARKER, ObjectData, ObjectStore
-from ckptc.io.orbax import Entry, ItemsWriter, WriterState, indexed_bytes
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
-from ckptc.run.apart import apart
+from ckptc.run.coordinator import Alone
+from ckptc.run.forked_call import apart
 from ckptc.run.journal import UNFINISHED, output_error
 from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_chunk
-from ckptc.run.peers import Alone
+from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, indexed_bytes
+from ckptc.storage.sink.bucket import MARKER, ObjectData, ObjectStore
 
 OBJECT_BYTES = 64 << 20  # of a data object at most, and of
 OBJECTS_OF_BUDGET = 16  # times as much memory, so that two of them and a unit's buffers leave room for other workers

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ckptc.diagnostics import fail
-from ckptc.io.locate import located
-from ckptc.io.orbax import finish
-from ckptc.io.orbax_metadata import ONE_DEVICE
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.run import checksum
+from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, agree, announce, gather, join_unfinished
 from ckptc.run.linking import Linked, link
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.output import LocalOutput, Output, Unfinished
-from ckptc.run.peers import Alone
 from ckptc.run.preflight import check_memory, check_sha256, check_source
 from ckptc.run.remote import RemoteOutput
 from ckptc.run.work import Progress, Work, copied
+from ckptc.storage.checkpoint.orbax_writer import finish
+from ckptc.storage.formats.orbax_metadata import ONE_DEVICE
+from ckptc.storage.source.remembered import located
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Two ways, both with bounded memory:
 
-- `compare`: against the source. What each array must be is made the straight way (`ckptc.run.straight`), and the stored
-  one is read through TensorStore by Orbax's own metadata (`ckptc.io.restored`). Nothing of the executor takes part.
+- `compare`: against the source. What each array must be is made the straight way (`ckptc.run.reference`), and the stored
+  one is read through TensorStore by Orbax's own metadata (`ckptc.storage.checkpoint.restored`). Nothing of the executor takes part.
 - `check_sums`: against the checksums that the run noted in the checkpoint's metadata. No source, no plan. Arrays that
   lie in linked files have none, since the run did not read them: the files' sizes and times of change are compared.
 """
@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.io.links import changed
-from ckptc.io.restored import ITEMS, Pending, RestoredArray, custom_metadata_of, open_restored
-from ckptc.io.zarr3 import grid
 from ckptc.ir.graph import Graph, Target
 from ckptc.ops.types import itemsize
 from ckptc.run import checksum
-from ckptc.run.straight import Tensors, blocks, make
+from ckptc.run.reference import Tensors, blocks, make
+from ckptc.storage.checkpoint.links import changed
+from ckptc.storage.checkpoint.restored import ITEMS, Pending, RestoredArray, custom_metadata_of, open_restored
+from ckptc.storage.formats.zarr3 import grid
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]

@@ -9,25 +9,25 @@ from math import prod
 from pathlib import Path
 
 from ckptc.diagnostics import fail
-from ckptc.io.bulk import BOUNCE, HUGE, LEAST, place
-from ckptc.io.compression import NONE
-from ckptc.io.orbax import ItemsWriter
-from ckptc.io.orbax_metadata import ArraySpec
-from ckptc.io.ranges import RangeReader
-from ckptc.io.uncached import PIECE
-from ckptc.io.zarr3 import grid
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.links import links
 from ckptc.plan.model import Array, Box, Plan
 from ckptc.plan.order import forwards
-from ckptc.run.behind import WriteBehind
+from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, divided
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.output import Output, Unfinished
-from ckptc.run.peers import Alone
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.worker import Worker
+from ckptc.run.write_behind import WriteBehind
+from ckptc.storage.checkpoint.orbax_writer import ItemsWriter
+from ckptc.storage.formats.compression import NONE
+from ckptc.storage.formats.orbax_metadata import ArraySpec
+from ckptc.storage.formats.zarr3 import grid
+from ckptc.storage.sink.file import BOUNCE, HUGE, LEAST, place
+from ckptc.storage.source.direct import PIECE
+from ckptc.storage.source.ranges import RangeReader
 
 COMPRESSED_LEAST = 4  # times smaller, at most, is what compression makes of weights
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.io.bulk import grown
-from ckptc.io.ranges import RangeReader
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Array, Box, Plan, Source
 from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, places_in, tensor_loops
 from ckptc.run.decode import Decoder, packed_rows
 from ckptc.run.kernel import Conversion, Kernel, Loop, raw, simplify
+from ckptc.storage.sink.file import grown
+from ckptc.storage.source.ranges import RangeReader
 
 Bytes = npt.NDArray[np.uint8]
 Sink = Callable[[int, tuple[int, ...], npt.NDArray[Any]], None]  # array, chunk's index, chunk

@@ -1,0 +1,326 @@
+"""Orbax checkpoints as training leaves them: found, listed from their metadata, and read by boxes.
+
+What is given may be the items themselves, the directory of a step, or the directory of all steps:
+
+    <given>/[<step>/][items | default | …/]     _METADATA, and the arrays: in an OCDBT database, or a directory for each
+
+`_METADATA` lists the leaves of the tree with their keys; an array's own metadata (`zarr.json`, or `.zarray` of zarr
+v2) says its shape, dtype and chunks. An array is named by its keys, joined with dots. TensorStore reads any of it;
+here a box is read chunk by chunk, into memory of the caller's, so that no more than a few chunks are held besides.
+Arrays whose chunks are stored as they are, as those are that ckptc writes, are read from the files themselves
+(`ckptc.storage.checkpoint.orbax_chunks`), at a third of the cost and without TensorStore.
+Formats: orbax-checkpoint 0.11 to 0.12, both of its APIs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.ir.saved import Saved, SavedArray
+from ckptc.ir.source import SourceFile
+from ckptc.storage.checkpoint.orbax_chunks import PlainReader, decoded, pieces
+from ckptc.storage.checkpoint.orbax_index import PlainIndex, list_chunks
+from ckptc.storage.source.files import header_digest, open_regular, pread, refuse, resolve, shown
+
+METADATA = "_METADATA"
+MANIFEST = "manifest.ocdbt"
+STEP_METADATA = "_CHECKPOINT_METADATA"
+ITEMS = ("items", "default", "pytree", "state", "params")  # names that savers use, the likeliest first
+OPTIMIZER = ("opt_state", "optimizer")
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
+MAX_JSON = 1 << 30
+INDEX_CACHE = 100_000_000  # bytes of OCDBT index nodes kept at most: as Orbax itself does
+OPEN_MOST = 256  # arrays kept open
+
+_ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # value types with data; other leaves are empty
+
+
+def find_items(given: Path) -> Path:
+    """The directory that holds the arrays. Raises `missing-directory`, `no-orbax`, `unfinished-checkpoint`,
+    `which-item`.
+    """
+    if not given.is_dir():
+        raise fail(
+            "missing-directory", f"{given} is not a directory", help="give an Orbax checkpoint: its step, or its items"
+        )
+    if UNFINISHED in str(given):
+        raise fail(
+            "unfinished-checkpoint",
+            f"{given} was not finished: Orbax has not given it its name",
+            help="give another step",
+        )
+    found = _items(given)
+    if found is None:
+        steps = sorted((p for p in given.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name))
+        found = next((items for step in reversed(steps) if (items := _items(step))), None)
+    if found is None:
+        unfinished = [p.name for p in given.iterdir() if UNFINISHED in p.name]
+        raise fail(
+            "no-orbax",
+            f"{given} holds no Orbax checkpoint",
+            notes=(f"unfinished: {', '.join(unfinished[:3])}",) if unfinished else (),
+            help="give the directory of a step, or its `items`",
+        )
+    return found
+
+
+def _items(directory: Path) -> Path | None:
+    if _holds_arrays(directory):
+        return directory
+    inside = [p for p in sorted(directory.iterdir()) if p.is_dir() and UNFINISHED not in p.name and _holds_arrays(p)]
+    named = [directory / name for name in ITEMS if directory / name in inside]
+    if named:
+        return named[0]
+    if len(inside) > 1 and not directory.name.isdigit() and all(p.name.isdigit() for p in inside):
+        return None  # steps without items: the caller takes the last
+    if len(inside) > 1:
+        names = ", ".join(p.name for p in inside[:8])
+        raise fail(
+            "which-item", f"{directory} holds several items: {names}", help="give the one that holds the parameters"
+        )
+    return inside[0] if inside and not inside[0].name.isdigit() else None
+
+
+def _holds_arrays(directory: Path) -> bool:
+    return (directory / METADATA).is_file() or (directory / MANIFEST).is_file()
+
+
+def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Path]:
+    """What is saved in `given` or below it, and the directory of the items. Reads metadata only.
+
+    The optimizer's arrays are counted; with `optimizer`, they are listed with the others.
+
+    Raises what `find_items` raises, `orbax-json`, `orbax-array`, and what `open_regular` raises.
+    """
+    items = find_items(given)
+    files: list[SourceFile] = []
+    leaves, zarr3, ocdbt = _tree(items, files)
+    reader = ArrayReader(items, zarr3, ocdbt, PlainIndex())
+    left = [path for path in leaves if path[0] in OPTIMIZER and not optimizer]
+    arrays = tuple(reader.describe([path for path in leaves if path[0] not in OPTIMIZER or optimizer]))
+    if ocdbt:
+        files.append(_identity(items, MANIFEST))
+    else:
+        name = "zarr.json" if zarr3 else ".zarray"
+        files += [_identity(items, f"{'.'.join(a.path)}/{name}") for a in arrays]
+    place = os.path.relpath(items, given)
+    custom = _custom(items.parent) or _custom(items)
+    return Saved(
+        tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, "" if place == "." else place
+    ), items
+
+
+def check_saved(items: Path, files: Sequence[SourceFile]) -> None:
+    """Raises `source-changed` unless every metadata file is what it was."""
+    problems: list[Diagnostic] = []
+    for file in files:
+        now = _identity(items, file.name)
+        if now != file:
+            error = refuse(
+                "source-changed",
+                f"{shown(file.name)} is not the file the plan was made from",
+                f"{file.size} bytes, {file.header_digest}",
+                f"{now.size} bytes, {now.header_digest}",
+                "put the checkpoint back as it was, or compile the plan again from this one",
+            )
+            problems += error.diagnostics
+    if problems:
+        raise InputError(problems)
+
+
+def list_plain(items: Path) -> PlainIndex:
+    """Where the chunks of the arrays of `items` lie that can be read without TensorStore, which this itself uses."""
+    leaves, zarr3, ocdbt = _tree(items, [])
+    return list_chunks(items, [".".join(path) for path in leaves]) if zarr3 and ocdbt else PlainIndex()
+
+
+def open_reader(items: Path, plain: PlainIndex | None = None) -> ArrayReader:
+    """A reader of the arrays of `items`. `plain`: what `list_plain` has found, if it has been asked already."""
+    _, zarr3, ocdbt = _tree(items, [])
+    return ArrayReader(items, zarr3, ocdbt, list_plain(items) if plain is None else plain)
+
+
+def _identity(items: Path, name: str) -> SourceFile:
+    data = _read(items, name)
+    return SourceFile(name, len(data), header_digest(data))
+
+
+def _read(items: Path, name: str) -> bytes:
+    descriptor, size = open_regular(resolve(items, name), name)
+    try:
+        return pread(descriptor, min(size, MAX_JSON), 0)
+    finally:
+        os.close(descriptor)
+
+
+def _json(items: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(items, name))
+    except (ValueError, RecursionError) as error:
+        raise fail(
+            "orbax-json", f"{items / name} is not valid JSON: {error}", help="is the checkpoint whole?"
+        ) from None
+    if not isinstance(value, dict):
+        raise fail("orbax-json", f"{items / name} is not a JSON object", help="is the checkpoint whole?")
+    return value
+
+
+def _custom(step: Path) -> Mapping[str, Any]:
+    if not (step / STEP_METADATA).is_file():
+        return {}
+    custom = _json(step, STEP_METADATA).get("custom_metadata")
+    return custom if isinstance(custom, dict) else {}
+
+
+def _tree(items: Path, files: list[SourceFile]) -> tuple[list[tuple[str, ...]], bool, bool]:
+    """The paths of all arrays, and how they are stored: as zarr v3, in OCDBT."""
+    ocdbt = (items / MANIFEST).is_file()
+    if not (items / METADATA).is_file():
+        return _listed(items)
+    metadata = _json(items, METADATA)
+    files.append(_identity(items, METADATA))
+    leaves = metadata.get("tree_metadata")
+    try:
+        assert isinstance(leaves, dict)
+        paths = [
+            tuple(str(key["key"]) for key in leaf["key_metadata"])
+            for leaf in leaves.values()
+            if leaf["value_metadata"]["value_type"] in _ARRAYS and not leaf["value_metadata"].get("skip_deserialize")
+        ]
+    except (AssertionError, KeyError, TypeError):
+        raise fail("orbax-json", f"{items / METADATA} lists no tree", help="is the checkpoint whole?") from None
+    return [p for p in sorted(paths) if p], bool(metadata.get("use_zarr3", False)), ocdbt
+
+
+def _listed(items: Path) -> tuple[list[tuple[str, ...]], bool, bool]:
+    """As `_tree`, of a database that no metadata describes: what is stored says itself."""
+    import tensorstore as ts
+
+    database = {name: value for name, value in _ocdbt(items, "").items() if name != "cache_pool"}
+    try:
+        store = ts.KvStore.open(database).result()
+        keys = [key.decode() for key in store.list().result()]
+    except Exception as error:  # as in `ArrayReader._result`
+        raise fail(
+            "orbax-array", f"{items} cannot be read: {_reason(error)}", help="is the checkpoint whole?"
+        ) from None
+    for suffix, zarr3 in (("/zarr.json", True), ("/.zarray", False)):
+        if found := sorted(tuple(k.removesuffix(suffix).split(".")) for k in keys if k.endswith(suffix)):
+            return found, zarr3, True
+    raise fail("no-orbax", f"{items} holds a database without arrays", help="is the checkpoint whole?")
+
+
+def _reason(error: Exception) -> str:
+    """TensorStore's words, without the specification that it ends with, and the lines of its own that older ones add."""
+    return re.split(r" \[(?:source locations|tensorstore_spec)=", str(error), maxsplit=1)[0][:300]
+
+
+def _ocdbt(items: Path, path: str) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{items.resolve()}/"}
+    return {"driver": "ocdbt", "base": base, "path": path, "cache_pool": "cache_pool#index"}
+
+
+class ArrayReader:
+    """Boxes of the arrays of one checkpoint, by the arrays' paths. Not for several threads."""
+
+    def __init__(self, items: Path, zarr3: bool, ocdbt: bool, plain: PlainIndex) -> None:
+        self._items, self._zarr3, self._ocdbt = items, zarr3, ocdbt
+        self._plain = PlainReader(items, plain)
+        self._open: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+        self.bytes_read = 0  # of decoded chunks
+
+    def close(self) -> None:
+        """Closes the files that plain arrays lie in."""
+        self._plain.close()
+
+    @cached_property
+    def _ts(self) -> Any:
+        import tensorstore as ts  # here: plain arrays do not need it
+
+        return ts
+
+    @cached_property
+    def _context(self) -> Any:
+        # No chunk is kept once it has been copied out.
+        return self._ts.Context(
+            {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": INDEX_CACHE}}
+        )
+
+    def describe(self, paths: Sequence[tuple[str, ...]]) -> Iterator[SavedArray]:
+        """What the arrays' own metadata says. Raises `orbax-array`."""
+        waiting: deque[tuple[tuple[str, ...], Any]] = deque()
+        for path in paths:
+            waiting.append((path, self._ts.open(self._spec(path), open=True, context=self._context)))
+            if len(waiting) > 64:
+                yield self._described(*waiting.popleft())
+        for path, future in waiting:
+            yield self._described(path, future)
+
+    def _described(self, path: tuple[str, ...], future: Any) -> SavedArray:
+        array = self._result(path, future)
+        chunk = array.chunk_layout.read_chunk.shape or array.shape
+        return SavedArray(path, tuple(array.shape), array.dtype.name, tuple(int(c) for c in chunk))
+
+    def _result(self, path: tuple[str, ...], future: Any) -> Any:
+        try:
+            return future.result()
+        except Exception as error:  # TensorStore raises ValueError, and others for what the system refuses
+            name = "/".join(path)
+            raise fail(
+                "orbax-array",
+                f"the array {shown(name)} cannot be read: {_reason(error)}",
+                help="is the checkpoint whole?",
+            ) from None
+
+    def _spec(self, path: tuple[str, ...]) -> dict[str, Any]:
+        name = ".".join(path) + "/"
+        store = (
+            _ocdbt(self._items, name) if self._ocdbt else {"driver": "file", "path": f"{self._items.resolve()}/{name}"}
+        )
+        return {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": store}
+
+    def read(
+        self,
+        path: tuple[str, ...],
+        axes: Sequence[tuple[int, int, int]],
+        chunk: Sequence[int],
+        out: npt.NDArray[Any],
+        in_flight: int,
+    ) -> None:
+        """Fills `out` with the indices start + i·stride, i below count, of each of `axes`, in pieces of whole chunks.
+
+        `out`: C-contiguous, of the counts' shape and the array's dtype. `in_flight`: bytes of chunks that may be held beside it; one
+        is always held.
+        """
+        if self._plain.has(path, out.dtype):
+            self.bytes_read += self._plain.read(path, axes, out)
+            return
+        if path not in self._open:
+            self._open[path] = self._result(path, self._ts.open(self._spec(path), open=True, context=self._context))
+            if len(self._open) > OPEN_MOST:
+                self._open.popitem(last=False)
+        array = self._open[path]
+        if array.rank != len(axes):
+            name, help = shown("/".join(path)), "compile the plan again"
+            raise fail("orbax-array", f"the array {name} has {array.rank} axes, the plan reads {len(axes)}", help=help)
+        target, origin = self._ts.array(out, copy=False, write=True), self._ts.d[:].translate_to[0]
+        most = max(1, in_flight // max(1, 2 * prod(chunk) * out.itemsize))  # a chunk is held as stored and as decoded
+        pending: deque[Any] = deque()
+        for index, place in pieces(axes, chunk):
+            if len(pending) >= most:
+                self._result(path, pending.popleft())
+            pending.append(target[place][origin].write(array[index][origin]))
+            self.bytes_read += out.itemsize * decoded(index, chunk, array.shape)
+        while pending:
+            self._result(path, pending.popleft())

@@ -1,0 +1,290 @@
+"""Opening a checkpoint's directory: which files belong to it, what tensors they hold, its config.json.
+
+    config.json ───────────────────────────────────────────────────────────────┐
+    model.safetensors.index.json ─► the files it names ─┬─► headers ─► checks ─┴─► Checkpoint
+    or, without one, the *.safetensors that lie there ──┘
+
+The layout is the one that `save_pretrained` of transformers writes ("Big models" in its documentation): a
+lone `model.safetensors`, or shards and an index whose `weight_map` says which file holds each tensor. Where
+there is an index it decides, and other safetensors files are left alone: hubs publish a
+`consolidated.safetensors` beside shards.
+
+Only headers are read, several at once. Everything wrong with the directory is collected and raised together.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ckptc.diagnostics import Diagnostic, InputError
+from ckptc.ir.source import Checkpoint, SourceTensor
+from ckptc.storage.formats.safetensors import Header, listed, parse_header, strict_json
+from ckptc.storage.source.files import (
+    HEADER_THREADS,
+    open_regular,
+    pread,
+    problem,
+    read_start,
+    refuse,
+    resolve,
+    shown,
+    unreadable,
+)
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+LONE = "model.safetensors"
+MAX_JSON = 200_000_000  # bytes of an index or a config; the largest published indexes are a few megabytes
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what `torch.save` is usually pointed at
+_SHARD = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.DOTALL)
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read the headers of the checkpoint in `directory`. Tensors come in the order of files, then of bytes.
+
+    `config` is empty when there is no config.json: whether it is needed is the mapping's business. Raises one
+    `InputError` with every problem found.
+    """
+    entries = _entries(directory)
+    problems: list[Diagnostic] = []
+    config: Mapping[str, Any] = {}
+    weight_map: Mapping[str, str] | None = None
+    names: list[str] = []
+    try:
+        config = read_config(directory) or {}
+    except InputError as error:
+        problems += error.diagnostics
+    try:
+        weight_map = read_index(directory)
+        names = _find_files(directory, entries, problems) if weight_map is None else sorted(set(weight_map.values()))
+    except InputError as error:
+        problems += error.diagnostics
+    assigned: defaultdict[str, list[str]] = defaultdict(list)
+    for tensor, name in (weight_map or {}).items():
+        assigned[name].append(tensor)
+    headers = _read_headers(directory, names, assigned, problems)
+    tensors = _merge(names, headers, problems)
+    if weight_map is not None:
+        _compare_with_index(names, headers, tensors, assigned, problems)
+    if problems:
+        raise InputError(problems)
+    return Checkpoint(tuple(header.file for header in headers.values()), tensors, config)
+
+
+def _entries(directory: Path) -> list[str]:
+    """The names in a directory, sorted. Raises `missing-directory`, or `source-unreadable`."""
+    try:
+        return sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise refuse(
+            "missing-directory",
+            f"{directory} is not a directory",
+            "a directory with config.json and *.safetensors",
+            "a file" if isinstance(error, NotADirectoryError) else "nothing",
+            "give the directory that holds the weights",
+        ) from None
+    except OSError as error:
+        raise unreadable(str(directory), error) from None
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"tensor {shown(names[0])}" if len(names) == 1 else f"{len(names)} tensors"
+
+
+# -- JSON files ----------------------------------------------------------------------------------------------
+
+
+def _read_json(directory: Path, name: str, kind: str) -> dict[str, Any] | None:
+    """The object in a JSON file, None when there is no file. Raises `missing-file` for a dangling link."""
+    path = directory / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        descriptor, size = open_regular(path, name)
+    except InputError as error:
+        raise InputError([_as_missing_file(one, []) for one in error.diagnostics]) from None
+    try:
+        if size > MAX_JSON:
+            message = f"{shown(name)} is too large to be what its name says"
+            help = "copy it again from where the checkpoint was published"
+            raise refuse(f"{kind}-json", message, f"at most {MAX_JSON} bytes", f"{size} bytes", help)
+        data = pread(descriptor, size, 0)
+    except OSError as error:
+        raise unreadable(name, error) from None
+    finally:
+        os.close(descriptor)
+    return strict_json(data, name, kind, span_file=str(path))
+
+
+def read_config(directory: Path) -> dict[str, Any] | None:
+    """The object in config.json, None when there is no such file."""
+    return _read_json(directory, CONFIG, "config")
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
+    """The index's `weight_map`, tensor name to file name; None when there is no index.
+
+    Raises `index-invalid` for any other shape. The file names are judged when they are opened.
+    """
+    index = _read_json(directory, INDEX, "index")
+    if index is None:
+        return None
+    weight_map = index.get("weight_map")
+    if type(weight_map) is not dict or not weight_map or not all(type(v) is str for v in weight_map.values()):
+        if type(weight_map) is dict and weight_map:
+            wrong = next(key for key, value in weight_map.items() if type(value) is not str)
+            found = f"{shown(wrong)}: {reprlib.repr(weight_map[wrong])}"
+        else:
+            found = reprlib.repr(weight_map)
+        message = f"{shown(INDEX)} does not say which file holds each tensor"
+        expected = "`weight_map`, an object that gives each tensor's name the name of a file"
+        help = "copy the index again from where the checkpoint was published"
+        raise refuse("index-invalid", message, expected, found, help)
+    return weight_map
+
+
+# -- the directory without an index --------------------------------------------------------------------------
+
+
+def _find_files(directory: Path, entries: Sequence[str], problems: list[Diagnostic]) -> list[str]:
+    """`model.safetensors` if it is there, else every *.safetensors; in name order.
+
+    Raises `pickle-checkpoint` or `no-safetensors` when there are none.
+    """
+    if LONE in entries:
+        return [LONE]
+    # Names with a leading dot are other programs' leavings, such as `._model.safetensors` of macOS archives.
+    names = [entry for entry in entries if entry.endswith(".safetensors") and not entry.startswith(".")]
+    if names:
+        problems += _incomplete_series(names)
+        return names
+    pickles = [entry for entry in entries if entry.endswith(_PICKLES)]
+    if pickles:
+        raise refuse(
+            "pickle-checkpoint",
+            f"{directory} holds pickled weights, which are programs and are never opened",
+            "*.safetensors",
+            listed(pickles),
+            "use a safetensors revision of the checkpoint, or save it again as safetensors with transformers",
+        )
+    help = "give the directory that holds the weights, or fetch them with `hf download`"
+    if "snapshots" in entries:  # https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+        help = "this is a repository in the Hugging Face cache: give one of the directories in `snapshots`"
+    raise refuse(
+        "no-safetensors",
+        f"{directory} holds no safetensors files",
+        "model.safetensors, or *.safetensors with an index",
+        listed(entries) or "nothing",
+        help,
+    )
+
+
+def _incomplete_series(names: Sequence[str]) -> list[Diagnostic]:
+    """`missing-file` where some of `…-00001-of-00004` and so on are absent; counting from 0 is allowed."""
+    series: defaultdict[tuple[str, str, int], set[int]] = defaultdict(set)
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            series[match[1], match[3], len(match[2])].add(int(match[2]))
+    problems = []
+    for (stem, total, width), present in series.items():
+        first = 0 if 0 in present else 1
+        absent = [number for number in range(first, int(total) + first) if number not in present]
+        if absent:
+            absent_names = [f"{stem}-{number:0{width}}-of-{total}.safetensors" for number in absent]
+            message = f"{len(absent)} of {int(total)} numbered files do not exist: {listed(absent_names)}"
+            found = f"{len(present)} of them, and no {shown(INDEX)}"
+            help = "download the missing files, and the index"
+            problems.append(problem("missing-file", message, f"{int(total)} files", found, help))
+    return problems
+
+
+# -- headers -------------------------------------------------------------------------------------------------
+
+
+def _read_headers(
+    directory: Path, names: Sequence[str], assigned: Mapping[str, Sequence[str]], problems: list[Diagnostic]
+) -> dict[int, Header]:
+    """The headers that could be read, by index into `names`."""
+
+    def start(name: str) -> tuple[int, bytes] | InputError:
+        try:
+            return read_start(resolve(directory, name), name)
+        except InputError as error:
+            return error
+
+    headers: dict[int, Header] = {}
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        for file, read in enumerate(threads.map(start, names)):
+            if isinstance(read, InputError):
+                held = assigned.get(names[file], [])
+                problems += [_as_missing_file(one, held) for one in read.diagnostics]
+                continue
+            try:
+                headers[file] = parse_header(names[file], *read, file)
+            except InputError as error:
+                problems += error.diagnostics
+    return headers
+
+
+def _as_missing_file(found: Diagnostic, held: Sequence[str]) -> Diagnostic:
+    """`source-missing` is for a file that was there once; one that an incomplete checkpoint lacks is
+    `missing-file`. `held`: the tensors that the index says it holds.
+    """
+    if found.code != "source-missing":
+        return found
+    message = found.message
+    if held:
+        message += f", but {shown(INDEX)} says that it holds {_tensors(held)}"
+    help = "the download is incomplete; fetch the checkpoint again with `hf download`"
+    return Diagnostic("missing-file", message, None, found.notes, help)
+
+
+def _merge(names: Sequence[str], headers: Mapping[int, Header], problems: list[Diagnostic]) -> dict[str, SourceTensor]:
+    """The tensors of all files by name; `duplicate-tensor` for each pair of files that share some."""
+    tensors: dict[str, SourceTensor] = {}
+    shared: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+    for header in headers.values():
+        for tensor in header.tensors:
+            first = tensors.setdefault(tensor.name, tensor)
+            if first is not tensor:
+                shared[first.file, tensor.file].append(tensor.name)
+    for (first_file, file), both in shared.items():
+        message = f"{shown(names[file])} and {shown(names[first_file])} both hold {_tensors(both)}"
+        help = "remove the file that does not belong to the checkpoint, or add the index that leaves it out"
+        problems.append(problem("duplicate-tensor", message, "each tensor in one file", listed(both), help))
+    return tensors
+
+
+def _compare_with_index(
+    names: Sequence[str],
+    headers: Mapping[int, Header],
+    tensors: Mapping[str, SourceTensor],
+    assigned: Mapping[str, Sequence[str]],
+    problems: list[Diagnostic],
+) -> None:
+    """The index and the headers must state the same tensors for each file that could be read.
+
+    `missing-tensor` for those only the index states, `unlisted-tensor` for those only a header states.
+    """
+    known = {tensor for held in assigned.values() for tensor in held}
+    help = "the index and the files are from different downloads; fetch the checkpoint again"
+    for file, header in headers.items():
+        name = names[file]
+        held = {tensor.name for tensor in header.tensors}
+        absent = sorted(tensor for tensor in assigned[name] if tensor not in held)
+        if absent:
+            message = f"{shown(name)} lacks {_tensors(absent)} that {shown(INDEX)} says it holds"
+            moved = [f"{shown(one)} in {shown(names[tensors[one].file])}" for one in absent if one in tensors]
+            found = ", ".join(moved[:8]) or "not in any file that could be read"
+            problems.append(problem("missing-tensor", message, listed(absent), found, help))
+        unlisted = sorted(tensor for tensor in held if tensor not in known)
+        if unlisted:
+            message = f"{shown(name)} holds {_tensors(unlisted)} that {shown(INDEX)} does not list"
+            problems.append(problem("unlisted-tensor", message, "all listed", listed(unlisted), help))
