@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tests.cli.conftest import Command
 
@@ -66,7 +69,7 @@ def test_a_conversion_is_not_taken_for_an_export(ckptc: Command) -> None:
     """`compile` without --export reads safetensors, with it Orbax."""
     assert ckptc("compile", "--model", MODEL, "--source", ORIGINAL).code == 0
     wrong = ckptc("compile", "--export", "--model", MODEL, "--source", ORIGINAL)
-    assert wrong.code == 1 and "error[no-orbax]" in wrong.err
+    assert wrong.code == 1 and "error[no-checkpoint]" in wrong.err
 
 
 def test_a_contradicting_option_is_an_error(ckptc: Command) -> None:
@@ -115,6 +118,44 @@ def test_differences_are_told_and_counted(ckptc: Command) -> None:
     assert (record["arrays"], record["equal"], len(record["differences"])) == (66, 0, 66)
     other = ckptc("diff", SAVED, ORIGINAL, "--json")
     assert other.code == 1 and {d["kind"] for d in json.loads(other.out)["differences"]} == {"missing", "extra"}
+
+
+def saved(directory: Path, step: int, weight: float) -> None:
+    """A training state, as Orbax saves it."""
+    tree = {"params": {"key": np.full(4, weight)}, "opt_state": {"mu": np.full(4, weight)}, "step": step}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory.resolve(), ocp.args.PyTreeSave(tree))
+
+
+def test_parameters_are_compared_and_the_rest_on_request(ckptc: Command) -> None:
+    saved(Path("a/0/items"), 0, 1.0)
+    saved(Path("b/0/items"), 5, 1.0)
+    same = ckptc("diff", "a", "b")
+    assert (same.code, same.out) == (0, "1 of 1 arrays that both have are equal bit for bit, 32 B compared\n")
+    everything = json.loads(ckptc("diff", "a", "b", "--all", "--json").out)
+    assert everything["arrays"] == 3 and [d["name"] for d in everything["differences"]] == ["step"]
+
+
+def test_of_several_steps_it_is_said_which_is_read(ckptc: Command) -> None:
+    for step in (1, 2):
+        saved(Path(f"run/checkpoints/{step}/items"), step, float(step))
+    found = ckptc("diff", "run", "run/checkpoints/2")
+    assert (found.code, found.err) == (0, "note: run: reads step 2, the last of 2 steps\n")
+    assert ckptc("diff", "run", "run/checkpoints/1/items").code == 1
+    for step in (7, 11):
+        shutil.copytree(Path(SAVED, "0"), f"trained/checkpoints/step_{step:08}")
+    done = ckptc("export", "--model", MODEL, "--source", "trained", "--output", "out", "--config-from", ORIGINAL)
+    assert done.code == 0 and "note: trained: reads step step_00000011, the last of 2 steps" in done.err
+
+
+def test_a_step_of_several_is_verified_by_name(ckptc: Command, mapping: str, source: str) -> None:
+    convert = ("convert", "--mapping", mapping, "--model", "tiny", "--source", source)
+    assert ckptc(*convert, "--output", "out").code == 0
+    for given in ("out", "out/0", "out/0/items"):
+        assert ckptc("verify", given).code == 0
+    shutil.copytree("out/0", "out/step_3")
+    said = ckptc("verify", "out")
+    assert (said.code, said.err) == (0, "note: out: reads step step_3, the last of 2 steps\n")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_links_a_mesh_and_compression_go_together(tmp_path: Path) -> None:
     check_plan(plan, "plan")
     text = dumps(plan)
     runner.run(plan, json.loads(text)["digest"], tmp_path / "out", case.hf)
-    stored = open_restored(tmp_path / "out" / "0")
+    stored = open_restored(tmp_path / "out" / "0" / "items")
     codecs = {a.name: "zstd" in str(stored[a.name].store.codec.to_json()) for a in plan.arrays}
     linked = {a.name for a in plan.arrays if a.link is not None}
     assert 0 < len(linked) < len(codecs)

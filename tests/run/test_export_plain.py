@@ -18,7 +18,8 @@ from ckptc.diagnostics import InputError
 from ckptc.plan.json import dumps
 from ckptc.run.export import export
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
-from ckptc.storage.checkpoint.orbax_reader import find_items, list_plain, open_reader, open_saved
+from ckptc.storage.checkpoint.orbax_reader import list_plain, open_reader, open_saved
+from ckptc.storage.checkpoint.steps import find_step
 from golden import known_cases, source_tensors
 from roundtrip import broken_promises, converted, export_plan, exported
 
@@ -34,7 +35,8 @@ pytestmark = [
 @pytest.mark.parametrize("changes", [{}, {"link": True}, {"shards": 3}, {"memory": 8 << 10}], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama3_1", "gemma3"])
 def test_every_array_of_an_output_is_plain_and_reads_the_same(name: str, changes: Any, tmp_path: Path) -> None:
-    saved, items = open_saved(converted(CASES[name], tmp_path / "orbax", **changes))
+    saved, step = open_saved(converted(CASES[name], tmp_path / "orbax", **changes))
+    items = step.items
     plain = list_plain(items)
     assert {".".join(a.path) for a in saved.arrays} <= plain.arrays.keys()
     direct, library = open_reader(items), open_reader(items, PlainIndex())
@@ -50,7 +52,7 @@ def test_every_array_of_an_output_is_plain_and_reads_the_same(name: str, changes
 @pytest.mark.parametrize("compression", ["zstd:1", "blosc-lz4"])
 def test_compressed_arrays_are_read_by_tensorstore(compression: str, tmp_path: Path) -> None:
     saved = converted(CASE, tmp_path / "orbax", compression=compression)
-    assert set(list_plain(find_items(saved)).arrays) == {"step"}  # which no option compresses
+    assert set(list_plain(find_step(saved).items).arrays) == {"step"}  # which no option compresses
     plan = export_plan(CASE, saved)
     found, _ = exported(plan, saved, tmp_path / "hf", CASE)
     assert broken_promises(plan, found, source_tensors(CASE.hf)) == []
@@ -64,7 +66,7 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 def saved_again(source: Path, to: Path, **options: Any) -> Path:
     """What is saved in `source`, restored and saved by Orbax."""
-    tree = ocp.PyTreeCheckpointHandler().restore(find_items(source))
+    tree = ocp.PyTreeCheckpointHandler().restore(find_step(source).items)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, **options)) as checkpointer:
         checkpointer.save(to.resolve(), ocp.args.PyTreeSave(tree))
     return to
@@ -122,7 +124,7 @@ def test_a_plan_is_run_without_them_being_known(tmp_path: Path) -> None:
 def test_a_data_file_that_was_cut_is_an_input_error(known: bool, tmp_path: Path) -> None:
     """Whether before its chunks were listed or after; and nothing is left in the output's place."""
     saved = converted(CASE, tmp_path / "orbax")
-    plan, items = export_plan(CASE, saved), find_items(saved)
+    plan, items = export_plan(CASE, saved), find_step(saved).items
     plain = list_plain(items) if known else None
     data = max((items / "ocdbt.process_0/d").iterdir(), key=lambda p: p.stat().st_size)
     with data.open("r+b") as file:

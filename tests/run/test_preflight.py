@@ -139,7 +139,7 @@ def weights(source: Path) -> Path:
         (lambda s: os.truncate(weights(s), FILES[0].size + 1), "source-changed"),
         (lambda s: os.truncate(weights(s), 4), "source-changed"),
         (lambda s: (weights(s).unlink(), weights(s).mkdir()), "source-unreadable"),
-        (lambda s: shutil.rmtree(s), "unknown-source"),
+        (lambda s: shutil.rmtree(s), "missing-directory"),
     ],
     ids=["gone", "short", "long", "almost empty", "a directory", "all gone"],
 )

@@ -114,7 +114,7 @@ def test_what_a_run_writes_is_right(id_: str, block: int, tmp_path: Path, monkey
 def test_one_wrong_element_is_found_with_its_place_and_both_values(plan: Plan, source: Path, step: Path) -> None:
     """The source is another one than was converted, by one element of a norm: 1 + w, in float32."""
     change_source(source, "model.norm.weight", 5, 0x3F80)  # 1.0
-    stored = np.asarray(open_restored(step)[NORM].store[5].read().result())
+    stored = np.asarray(open_restored(step / "items")[NORM].store[5].read().result())
     (problem,) = found(lambda: verify(plan, source, step))
     assert problem.code == "output-differs"
     assert (
@@ -244,7 +244,7 @@ def test_an_array_that_is_not_there_is_missed(plan: Plan, step: Path, against: s
 
 @pytest.mark.parametrize("against", ["source", "checksums"])
 def test_an_array_that_nothing_made_is_found(plan: Plan, step: Path, against: str) -> None:
-    store = open_restored(step)[NORM].store
+    store = open_restored(step / "items")[NORM].store
     other = {**store.spec(retain_context=False).to_json(), "create": True}
     other["kvstore"]["path"] = "params.params.stranger/"
     import tensorstore as ts

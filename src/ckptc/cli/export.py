@@ -36,7 +36,7 @@ def add_export(commands: Any) -> None:
         "--source",
         required=True,
         metavar="DIR",
-        help="the checkpoint: its items, its step, or the directory of all steps (the last)",
+        help="the checkpoint: an output or a run's directory, its `checkpoints` (the last step), a step, or its items",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the safetensors files and config.json go")
     compilation(parser)
@@ -115,11 +115,16 @@ def add_diff(commands: Any) -> None:
     parser = commands.add_parser(
         "diff",
         help="compare two checkpoints",
-        description="Compares trees and values of two checkpoints, each safetensors or Orbax. Exit code 1 if they "
-        "differ.",
+        description="Compares trees and values of the parameters of two checkpoints, each safetensors or Orbax. Exit "
+        "code 1 if they differ.",
     )
-    parser.add_argument("first", metavar="A", help="a checkpoint's directory")
+    parser.add_argument("first", metavar="A", help="a checkpoint: safetensors, or an output, a run or a step of Orbax")
     parser.add_argument("second", metavar="B", help="another")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="compare the rest of a training state, too: optimizer, counters, random numbers",
+    )
     parser.add_argument("--json", action="store_true", help="print everything that differs as JSON")
     parser.add_argument(
         "--memory", type=arguments.memory, default=256 * arguments.MIB, metavar="SIZE", help="budget for buffers"
@@ -135,8 +140,8 @@ def reading(args: argparse.Namespace, chunks: bool) -> Apart:
     def read() -> list[Any]:
         from ckptc.storage.checkpoint.orbax_reader import list_plain, open_saved
 
-        saved, items = open_saved(Path(args.source))
-        return [saved.record(), list_plain(items).record() if chunks else None, str(items)]
+        saved, step = open_saved(Path(args.source))
+        return [saved.record(), list_plain(step.items).record() if chunks else None, str(step.items), step.said]
 
     return Apart(read)
 
@@ -155,7 +160,8 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | 
     from ckptc.storage.source.remembered import remember
 
     mapping, model = find(args)
-    record, chunks, items = work.result()
+    record, chunks, items, said = work.result()
+    render.say_step(Path(args.source), said)
     saved, plain = Saved.of(record), None if chunks is None else PlainIndex.of(chunks)
     original = open_original(Path(args.config_from)) if args.config_from else None
     options = ExportOptions(
@@ -323,7 +329,10 @@ def diff(args: argparse.Namespace) -> int:
     from ckptc.run.diff import compare, open_side
 
     memory = args.memory
-    found = compare(open_side(Path(args.first), memory), open_side(Path(args.second), memory), memory)
+    first, second = (open_side(Path(given), memory, args.all) for given in (args.first, args.second))
+    render.say_step(Path(args.first), first.said)
+    render.say_step(Path(args.second), second.said)
+    found = compare(first, second, memory)
     if args.json:
         # JSON has no infinity: a difference to one, or to what is no number, is null.
         text = json.dumps(asdict(found)).replace("Infinity", "null")

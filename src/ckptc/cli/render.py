@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -57,6 +58,12 @@ def diagnostic(d: Diagnostic, color: bool = False) -> str:
     if d.help:
         lines.append(f"{' ' * margin} {equals} {paint('help', CYAN)}: {_safe(d.help)}")
     return "\n".join(lines)
+
+
+def say_step(given: Path, said: str) -> None:
+    """On stderr, which of several steps is read."""
+    if said:
+        print(_safe(f"note: {given}: reads step {said}"), file=sys.stderr)
 
 
 def _safe(text: str) -> str:

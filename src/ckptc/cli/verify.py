@@ -21,13 +21,11 @@ SHOWN = 20  # names of linked arrays
 
 
 def verify(args: argparse.Namespace) -> None:
-    from ckptc.storage.checkpoint.restored import find_step
-
     target = Path(args.target)
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        if target.is_dir():
+        if target.is_dir() or not (target.exists() or target.suffix == ".json"):  # a plan's name, most likely
             _refuse_options(args)
-            verified, against = _sums(find_step(target), on_progress), "checksums"
+            verified, against = _sums(_found(target), on_progress), "checksums"
         else:
             from ckptc.cli.commands import read_plan
 
@@ -38,13 +36,22 @@ def verify(args: argparse.Namespace) -> None:
                     "the checkpoint to verify is not named",
                     help=f"`ckptc verify {target} --output DIR`, with the directory that `ckptc run` was given",
                 )
-            step = find_step(Path(args.output))
+            step = _found(Path(args.output))
             source = Path(args.source) if args.source else None
             verified, against = against_source(plan, step, source, args.mapping, on_progress), "source"
     record: dict[str, object] = {"arrays": verified.arrays, "bytes": verified.bytes, "against": against}
     if verified.linked:
         record |= {"linked_arrays": verified.linked, "linked_bytes": verified.linked_bytes}
     print(json.dumps(record) if args.json else line(verified, against))
+
+
+def _found(given: Path) -> Path:
+    """The items of the checkpoint that was named; says which of several steps that is."""
+    from ckptc.storage.checkpoint.steps import find_step
+
+    step = find_step(given)
+    render.say_step(given, step.said)
+    return step.items
 
 
 def line(verified: Verified, against: str) -> str:

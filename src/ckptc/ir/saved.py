@@ -4,13 +4,26 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
+
+OPTIMIZER = ("opt_state", "optimizer")
+_NO_PARAMETER = re.compile(r"rngs?|dropout.*|.*_rng", re.IGNORECASE)  # parts of paths, of states of random numbers
+_COUNTERS = ("step", "count")  # the last parts, but for NNX's `value`
+
+
+def is_parameter(path: Sequence[str]) -> bool:
+    """Whether the array of this path in a training state is the model's: no optimizer's, no counter, no state of random
+    numbers.
+    """
+    last = path[-2] if path[-1] == "value" and len(path) > 1 else path[-1]
+    return path[0] not in OPTIMIZER and last not in _COUNTERS and not any(map(_NO_PARAMETER.fullmatch, path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.diagnostics import fail
+from ckptc.ir.saved import is_parameter
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box
 from ckptc.storage.checkpoint.orbax_reader import open_reader, open_saved
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from ckptc.storage.checkpoint.safetensors_writer import runs
+from ckptc.storage.checkpoint.steps import require_directory
 from ckptc.storage.source.ranges import RangeReader
 
 Values = npt.NDArray[Any]
@@ -67,6 +68,7 @@ class Side(ABC):
     """A checkpoint that can be listed, and read by boxes."""
 
     entries: Mapping[str, Entry]
+    said: str = ""  # which step it is, where there were several
 
     @abstractmethod
     def read(self, name: str, box: Box) -> Values:
@@ -93,11 +95,15 @@ class SafetensorsSide(Side):
 
 
 class OrbaxSide(Side):
-    def __init__(self, directory: Path, memory: int) -> None:
-        saved, items = open_saved(directory, optimizer=True)
-        self._paths = {a.name: a.path for a in saved.arrays}
-        self._reader, self._memory = open_reader(items), memory
-        self.entries = {a.name: Entry(a.name, a.shape, a.dtype, a.chunk) for a in saved.arrays}
+    """`others`: whether what is no parameter is listed, too."""
+
+    def __init__(self, directory: Path, memory: int, others: bool = False) -> None:
+        saved, step = open_saved(directory, optimizer=others)
+        arrays = [a for a in saved.arrays if others or is_parameter(a.path)]
+        self._paths = {a.name: a.path for a in arrays}
+        self._reader, self._memory = open_reader(step.items), memory
+        self.said = step.said
+        self.entries = {a.name: Entry(a.name, a.shape, a.dtype, a.chunk) for a in arrays}
 
     def read(self, name: str, box: Box) -> Values:
         entry = self.entries[name]
@@ -107,15 +113,14 @@ class OrbaxSide(Side):
         return out
 
 
-def open_side(directory: Path, memory: int) -> Side:
-    """The checkpoint in a directory, whichever kind it is. Raises what opening either raises."""
-    if not directory.is_dir():
-        raise fail(
-            "missing-directory", f"{directory} is not a directory", help="give a checkpoint: safetensors, or Orbax"
-        )
+def open_side(directory: Path, memory: int, others: bool = False) -> Side:
+    """The checkpoint in a directory, whichever kind it is; of an Orbax checkpoint the parameters, with `others`
+    everything. Raises what opening either raises.
+    """
+    require_directory(directory, "give a checkpoint: safetensors, or Orbax")
     if any(directory.glob("*.safetensors")):
         return SafetensorsSide(directory)
-    return OrbaxSide(directory, memory)
+    return OrbaxSide(directory, memory, others)
 
 
 def compare(first: Side, second: Side, memory: int, on_array: Callable[[str], None] = lambda _: None) -> Comparison:

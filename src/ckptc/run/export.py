@@ -29,8 +29,9 @@ from ckptc.run.preflight import check_room
 from ckptc.run.work import Progress, worker_bytes
 from ckptc.storage.checkpoint.companions import identify
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
-from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, find_items, list_plain, open_reader
+from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, list_plain, open_reader
 from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
+from ckptc.storage.checkpoint.steps import find_step, require_directory
 from ckptc.storage.source.remembered import located
 
 
@@ -60,14 +61,14 @@ def export(
     `jobs`: worker processes at most, as far as the plan's memory goes; with one, all is done in this process. `plain`:
     what `list_plain` says of the checkpoint, if it has been asked already.
 
-    Raises InputError: `unknown-source`, `source-changed`, `worker-died`, `out-of-memory`, what `find_items` and
+    Raises InputError: `unknown-source`, `source-changed`, `worker-died`, `out-of-memory`, what `find_step` and
     `CheckpointWriter` raise, what reading raises, and `disk-full` or `unwritable-output` when the system refuses to
     write.
     """
     started = time.perf_counter()
     outputs = plan.outputs
     assert outputs is not None and plan.made.kind == "export"
-    items = find_items(source or located(plan.made.source or "", "the plan's checkpoint lies", "--source"))
+    items = find_step(source or located(plan.made.source or "", "the plan's checkpoint lies", "--source")).items
     check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
     if plain is None:
         plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
@@ -197,12 +198,13 @@ def companions_digest(outputs: Outputs) -> str:
 
 
 def _companions(plan: Plan, outputs: Outputs, directory: Path | None) -> dict[str, Path]:
-    """The files to copy. Raises `unknown-source` or `source-changed`."""
+    """The files to copy. Raises `unknown-source`, `missing-directory` or `source-changed`."""
     if not outputs.companions:
         return {}
     if directory is None:
         what = f"{outputs.companions[0].name} and other files of the original lie"
         directory = located(companions_digest(outputs), what, "--config-from")
+    require_directory(directory, f"give the directory with {outputs.companions[0].name}")
     for file in outputs.companions:
         if identify(directory, file.name) != SourceFile(file.name, file.size, file.header):
             raise fail(

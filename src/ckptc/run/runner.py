@@ -23,6 +23,7 @@ from ckptc.run.preflight import check_memory, check_sha256, check_source
 from ckptc.run.remote import RemoteOutput
 from ckptc.run.work import Progress, Work, copied
 from ckptc.storage.checkpoint.orbax_writer import finish
+from ckptc.storage.checkpoint.steps import require_directory
 from ckptc.storage.formats.orbax_metadata import ONE_DEVICE
 from ckptc.storage.source.remembered import located
 
@@ -71,7 +72,7 @@ def run(
     the finished checkpoint; when it raises, that stays unfinished. `peers`: the other processes that run this plan;
     process 0 opens, finishes and commits.
 
-    Raises InputError: `abstract-plan`, `unknown-source`, `output-exists`, what `ckptc.run.preflight`, the output
+    Raises InputError: `abstract-plan`, `unknown-source`, `missing-directory`, `output-exists`, what `ckptc.run.preflight`, the output
     (`ckptc.run.output`) and `ckptc.run.distributed` raise, `cannot-link`, what reading files may raise, `worker-died`,
     `out-of-memory`, and `disk-full` or `unwritable-output` when the system refuses to write.
     """
@@ -200,8 +201,7 @@ def find_source(plan: Plan, source: Path | None) -> Path:
             help=f"compile it again with `--source DIR`, a checkpoint of {plan.made.repo}",
         )  # fmt: skip
     if source is not None:
-        if not source.is_dir():
-            raise fail("unknown-source", f"there is no directory {source}")
+        require_directory(source, "give the directory with the plan's files")
         return source
     return located(plan.made.source, "the plan's checkpoint lies", "--source")
 

@@ -27,7 +27,8 @@ from ckptc.ops.types import itemsize
 from ckptc.run import checksum
 from ckptc.run.reference import Tensors, blocks, make
 from ckptc.storage.checkpoint.links import changed
-from ckptc.storage.checkpoint.restored import ITEMS, Pending, RestoredArray, custom_metadata_of, open_restored
+from ckptc.storage.checkpoint.restored import Pending, RestoredArray, custom_metadata_of, open_restored
+from ckptc.storage.checkpoint.steps import find_step
 from ckptc.storage.formats.zarr3 import grid
 
 Array = npt.NDArray[Any]
@@ -78,9 +79,10 @@ def compare(
 
     `graph`: of the plan's mapping and choices; `files`: the plan's, in `source`. Raises InputError with a diagnostic
     for each array: `missing-array`, `extra-array`, `wrong-array` (another shape or dtype), `output-differs`,
-    `checksum-differs`; or `damaged-output`, and what reading the source raises.
+    `checksum-differs`; or `damaged-output`, and what `find_step` and reading the source raise.
     """
-    stored, sums = open_restored(step), _Sums(step)
+    found = find_step(step)
+    stored, sums = open_restored(found.items), _Sums(found.directory)
     problems = _unlike({"/".join(t.path): (t.type.shape, t.type.dtype) for t in graph.targets}, stored)
     tensors = Tensors(source, files)
     total, done = sum(t.type.nbytes for t in graph.targets), 0
@@ -100,19 +102,20 @@ def check_sums(step: Path, on_progress: OnProgress = _nothing) -> Verified:
     """Holds every array in `step` against the checksum that the run noted, or its linked files against theirs.
 
     Raises InputError: `no-checksums`, or a diagnostic for each array: `missing-array`, `extra-array`,
-    `checksum-differs`, `damaged-output`; and `linked-changed` for each linked file.
+    `checksum-differs`, `damaged-output`; and `linked-changed` for each linked file; or what `find_step` raises.
     """
-    stored, sums = open_restored(step), _Sums(step)
+    checkpoint = find_step(step)
+    stored, sums = open_restored(checkpoint.items), _Sums(checkpoint.directory)
     if not sums.known and not sums.linked:
         raise fail(
             "no-checksums",
-            f"{step} has no checksums",
+            f"{checkpoint.directory} has no checksums",
             help="ckptc notes them since it writes them; `ckptc verify PLAN --output DIR` compares with the source",
         )
     noted = sums.known.keys() | sums.linked
     problems = [_missing(name) for name in sorted(noted - stored.keys())]
     problems += [_extra(name) for name in sorted(stored.keys() - noted)]
-    problems += changed(step / ITEMS, sums.files)
+    problems += changed(checkpoint.items, sums.files)
     total = sum(_nbytes(a) for a in stored.values())
     linked = tuple(sorted(stored.keys() & (sums.linked - sums.known.keys())))
     linked_bytes = done = sum(_nbytes(stored[name]) for name in linked)

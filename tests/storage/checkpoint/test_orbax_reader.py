@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ckptc.diagnostics import InputError
-from ckptc.storage.checkpoint.orbax_reader import check_saved, find_items, open_reader, open_saved
+from ckptc.storage.checkpoint.orbax_reader import check_saved, open_reader, open_saved
 
 STORED = [{"use_ocdbt": a, "use_zarr3": b} for a, b in itertools.product((True, False), repeat=2)]
 
@@ -40,15 +40,15 @@ def save(directory: Path, what: Any, **options: Any) -> Path:
 
 @pytest.mark.parametrize("options", STORED, ids=str)
 def test_every_format_lists_the_same_arrays(options: dict[str, bool], tmp_path: Path) -> None:
-    saved, items = open_saved(save(tmp_path / "items", tree(), **options))
-    assert items == tmp_path / "items" and saved.place == ""
+    saved, step = open_saved(save(tmp_path / "items", tree(), **options))
+    assert step.items == tmp_path / "items" and saved.place == ""
     assert [(a.name, a.dtype, a.shape) for a in saved.arrays if a.path[0] == "params"] == [
         ("params/layers/0", "float32", (6, 4)),
         ("params/layers/1", "int32", (6,)),
         ("params/w", "bfloat16", (10, 6, 3)),
     ]
     assert saved.optimizer == 1
-    check_saved(items, saved.files)
+    check_saved(step.items, saved.files)
 
 
 @pytest.mark.parametrize("options", STORED, ids=str)
@@ -66,34 +66,6 @@ def test_boxes_with_strides(options: dict[str, bool], axes: tuple[tuple[int, int
         assert out.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
-def test_it_is_found_from_its_parents_the_last_step_first(tmp_path: Path) -> None:
-    for step in ("9", "10"):
-        save(tmp_path / step / "items", tree())
-    for given in (tmp_path, tmp_path / "10", tmp_path / "10" / "items"):
-        assert find_items(given) == tmp_path / "10" / "items"
-    assert open_saved(tmp_path)[0].place == "10/items"
-
-
-def test_item_names_and_items_beside_it(tmp_path: Path) -> None:
-    save(tmp_path / "a" / "default", tree())
-    assert find_items(tmp_path / "a") == tmp_path / "a" / "default"
-    save(tmp_path / "b" / "mine", tree())
-    assert find_items(tmp_path / "b") == tmp_path / "b" / "mine"
-    save(tmp_path / "b" / "yours", tree())
-    assert code(tmp_path / "b") == "which-item"
-    save(tmp_path / "b" / "items", tree())
-    assert find_items(tmp_path / "b") == tmp_path / "b" / "items"
-
-
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    assert code(tmp_path / "absent") == "missing-directory"
-    assert code(tmp_path) == "no-orbax"
-    unfinished = tmp_path / "3.orbax-checkpoint-tmp-12"
-    save(unfinished / "items", tree())
-    assert code(tmp_path) == "no-orbax"
-    assert code(unfinished) == "unfinished-checkpoint"
-
-
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"tree_metadata": {"a": {}}}'])
 def test_damaged_metadata(text: str, tmp_path: Path) -> None:
     items = save(tmp_path / "items", tree())
@@ -103,33 +75,12 @@ def test_damaged_metadata(text: str, tmp_path: Path) -> None:
     assert caught.value.diagnostics[0].code == "orbax-json"
 
 
-def test_a_database_without_metadata_is_listed(tmp_path: Path) -> None:
-    items = save(tmp_path / "items", tree(), use_ocdbt=True, use_zarr3=True)
-    with_metadata = {a.name for a in open_saved(items)[0].arrays}
-    (items / "_METADATA").unlink()
-    assert {a.name for a in open_saved(items)[0].arrays} == with_metadata
-
-
-def test_a_damaged_database_without_metadata_is_an_input_error(tmp_path: Path) -> None:
-    items = save(tmp_path / "items", tree())
-    (items / "_METADATA").unlink()
-    (items / "manifest.ocdbt").write_bytes(b"no manifest")
-    with pytest.raises(InputError, match=r"orbax-array: .*cannot be read: DATA_LOSS"):
-        open_saved(items)
-
-
 @pytest.mark.parametrize("options", STORED, ids=str)
 def test_another_checkpoint_is_not_the_same(options: dict[str, bool], tmp_path: Path) -> None:
     saved, _ = open_saved(save(tmp_path / "a", tree(), **options))
     other = tree()
     other["params"]["w"] = other["params"]["w"][:, :5]
-    _, items = open_saved(save(tmp_path / "b", other, **options))
+    items = open_saved(save(tmp_path / "b", other, **options))[1].items
     with pytest.raises(InputError) as caught:
         check_saved(items, saved.files)
     assert {d.code for d in caught.value.diagnostics} == {"source-changed"}
-
-
-def code(given: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        find_items(given)
-    return caught.value.diagnostics[0].code

@@ -16,6 +16,7 @@ from ckptc.diagnostics import fail
 from ckptc.ir.saved import Original
 from ckptc.ir.source import SourceFile
 from ckptc.storage.checkpoint.safetensors import CONFIG, INDEX, open_checkpoint, read_config, read_index
+from ckptc.storage.checkpoint.steps import require_directory
 from ckptc.storage.source.files import open_regular, pread, resolve
 
 # What `save_pretrained` of tokenizers, processors and generation writes, and what publishers put beside it. Never
@@ -48,12 +49,7 @@ def open_original(directory: Path) -> Original:
     """What is known of the original in `directory`. Raises `missing-directory`, `missing-config`, and what reading
     files raises.
     """
-    if not directory.is_dir():
-        raise fail(
-            "missing-directory",
-            f"{directory} is not a directory",
-            help="give the directory with the original's config.json",
-        )
+    require_directory(directory, "give the directory with the original's config.json")
     config = read_config(directory)
     if config is None:
         raise fail("missing-config", f"{directory} has no {CONFIG}", help="download the original's config.json into it")

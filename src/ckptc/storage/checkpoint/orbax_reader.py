@@ -1,15 +1,11 @@
-"""Orbax checkpoints as training leaves them: found, listed from their metadata, and read by boxes.
+"""Orbax checkpoints as training leaves them: listed from their metadata, and read by boxes. `ckptc.storage.checkpoint.steps` finds them.
 
-What is given may be the items themselves, the directory of a step, or the directory of all steps:
-
-    <given>/[<step>/][items | default | …/]     _METADATA, and the arrays: in an OCDBT database, or a directory for each
-
-`_METADATA` lists the leaves of the tree with their keys; an array's own metadata (`zarr.json`, or `.zarray` of zarr
-v2) says its shape, dtype and chunks. An array is named by its keys, joined with dots. TensorStore reads any of it;
-here a box is read chunk by chunk, into memory of the caller's, so that no more than a few chunks are held besides.
-Arrays whose chunks are stored as they are, as those are that ckptc writes, are read from the files themselves
-(`ckptc.storage.checkpoint.orbax_chunks`), at a third of the cost and without TensorStore.
-Formats: orbax-checkpoint 0.11 to 0.12, both of its APIs.
+The arrays lie in an OCDBT database, or in a directory for each. `_METADATA` lists the leaves of the tree with their
+keys; an array's own metadata (`zarr.json`, or `.zarray` of zarr v2) says its shape, dtype and chunks. An array is named
+by its keys, joined with dots. TensorStore reads any of it; here a box is read chunk by chunk, into memory of the
+caller's, so that no more than a few chunks are held besides. Arrays whose chunks are stored as they are, as those are
+that ckptc writes, are read from the files themselves (`ckptc.storage.checkpoint.orbax_chunks`), at a third of the cost and without
+TensorStore. Formats: orbax-checkpoint 0.11 to 0.12, both of its APIs.
 """
 
 from __future__ import annotations
@@ -27,18 +23,13 @@ from typing import Any
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
-from ckptc.ir.saved import Saved, SavedArray
+from ckptc.ir.saved import OPTIMIZER, Saved, SavedArray
 from ckptc.ir.source import SourceFile
 from ckptc.storage.checkpoint.orbax_chunks import PlainReader, decoded, pieces
 from ckptc.storage.checkpoint.orbax_index import PlainIndex, list_chunks
+from ckptc.storage.checkpoint.steps import MANIFEST, METADATA, STEP_METADATA, Step, find_step
 from ckptc.storage.source.files import header_digest, open_regular, pread, refuse, resolve, shown
 
-METADATA = "_METADATA"
-MANIFEST = "manifest.ocdbt"
-STEP_METADATA = "_CHECKPOINT_METADATA"
-ITEMS = ("items", "default", "pytree", "state", "params")  # names that savers use, the likeliest first
-OPTIMIZER = ("opt_state", "optimizer")
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not committed
 MAX_JSON = 1 << 30
 INDEX_CACHE = 100_000_000  # bytes of OCDBT index nodes kept at most: as Orbax itself does
 OPEN_MOST = 256  # arrays kept open
@@ -46,64 +37,15 @@ OPEN_MOST = 256  # arrays kept open
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # value types with data; other leaves are empty
 
 
-def find_items(given: Path) -> Path:
-    """The directory that holds the arrays. Raises `missing-directory`, `no-orbax`, `unfinished-checkpoint`,
-    `which-item`.
-    """
-    if not given.is_dir():
-        raise fail(
-            "missing-directory", f"{given} is not a directory", help="give an Orbax checkpoint: its step, or its items"
-        )
-    if UNFINISHED in str(given):
-        raise fail(
-            "unfinished-checkpoint",
-            f"{given} was not finished: Orbax has not given it its name",
-            help="give another step",
-        )
-    found = _items(given)
-    if found is None:
-        steps = sorted((p for p in given.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: int(p.name))
-        found = next((items for step in reversed(steps) if (items := _items(step))), None)
-    if found is None:
-        unfinished = [p.name for p in given.iterdir() if UNFINISHED in p.name]
-        raise fail(
-            "no-orbax",
-            f"{given} holds no Orbax checkpoint",
-            notes=(f"unfinished: {', '.join(unfinished[:3])}",) if unfinished else (),
-            help="give the directory of a step, or its `items`",
-        )
-    return found
-
-
-def _items(directory: Path) -> Path | None:
-    if _holds_arrays(directory):
-        return directory
-    inside = [p for p in sorted(directory.iterdir()) if p.is_dir() and UNFINISHED not in p.name and _holds_arrays(p)]
-    named = [directory / name for name in ITEMS if directory / name in inside]
-    if named:
-        return named[0]
-    if len(inside) > 1 and not directory.name.isdigit() and all(p.name.isdigit() for p in inside):
-        return None  # steps without items: the caller takes the last
-    if len(inside) > 1:
-        names = ", ".join(p.name for p in inside[:8])
-        raise fail(
-            "which-item", f"{directory} holds several items: {names}", help="give the one that holds the parameters"
-        )
-    return inside[0] if inside and not inside[0].name.isdigit() else None
-
-
-def _holds_arrays(directory: Path) -> bool:
-    return (directory / METADATA).is_file() or (directory / MANIFEST).is_file()
-
-
-def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Path]:
-    """What is saved in `given` or below it, and the directory of the items. Reads metadata only.
+def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Step]:
+    """What is saved in `given` or below it, and where that is. Reads metadata only.
 
     The optimizer's arrays are counted; with `optimizer`, they are listed with the others.
 
-    Raises what `find_items` raises, `orbax-json`, `orbax-array`, and what `open_regular` raises.
+    Raises what `find_step` raises, `orbax-json`, `orbax-array`, and what `open_regular` raises.
     """
-    items = find_items(given)
+    step = find_step(given)
+    items = step.items
     files: list[SourceFile] = []
     leaves, zarr3, ocdbt = _tree(items, files)
     reader = ArrayReader(items, zarr3, ocdbt, PlainIndex())
@@ -115,10 +57,8 @@ def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Path]:
         name = "zarr.json" if zarr3 else ".zarray"
         files += [_identity(items, f"{'.'.join(a.path)}/{name}") for a in arrays]
     place = os.path.relpath(items, given)
-    custom = _custom(items.parent) or _custom(items)
-    return Saved(
-        tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, "" if place == "." else place
-    ), items
+    place, custom = "" if place == "." else place, _custom(step.directory)
+    return Saved(tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, place), step
 
 
 def check_saved(items: Path, files: Sequence[SourceFile]) -> None:
@@ -186,8 +126,6 @@ def _custom(step: Path) -> Mapping[str, Any]:
 def _tree(items: Path, files: list[SourceFile]) -> tuple[list[tuple[str, ...]], bool, bool]:
     """The paths of all arrays, and how they are stored: as zarr v3, in OCDBT."""
     ocdbt = (items / MANIFEST).is_file()
-    if not (items / METADATA).is_file():
-        return _listed(items)
     metadata = _json(items, METADATA)
     files.append(_identity(items, METADATA))
     leaves = metadata.get("tree_metadata")
@@ -201,24 +139,6 @@ def _tree(items: Path, files: list[SourceFile]) -> tuple[list[tuple[str, ...]], 
     except (AssertionError, KeyError, TypeError):
         raise fail("orbax-json", f"{items / METADATA} lists no tree", help="is the checkpoint whole?") from None
     return [p for p in sorted(paths) if p], bool(metadata.get("use_zarr3", False)), ocdbt
-
-
-def _listed(items: Path) -> tuple[list[tuple[str, ...]], bool, bool]:
-    """As `_tree`, of a database that no metadata describes: what is stored says itself."""
-    import tensorstore as ts
-
-    database = {name: value for name, value in _ocdbt(items, "").items() if name != "cache_pool"}
-    try:
-        store = ts.KvStore.open(database).result()
-        keys = [key.decode() for key in store.list().result()]
-    except Exception as error:  # as in `ArrayReader._result`
-        raise fail(
-            "orbax-array", f"{items} cannot be read: {_reason(error)}", help="is the checkpoint whole?"
-        ) from None
-    for suffix, zarr3 in (("/zarr.json", True), ("/.zarray", False)):
-        if found := sorted(tuple(k.removesuffix(suffix).split(".")) for k in keys if k.endswith(suffix)):
-            return found, zarr3, True
-    raise fail("no-orbax", f"{items} holds a database without arrays", help="is the checkpoint whole?")
 
 
 def _reason(error: Exception) -> str:

@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import InputError, fail
+from ckptc.storage.checkpoint.steps import METADATA, STEP_METADATA
 
-CHECKPOINT = "_CHECKPOINT_METADATA"
-ITEMS = "items"
 _CACHE = 32 << 20  # bytes
 _MAX_JSON = 1 << 30
 Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
@@ -62,33 +61,20 @@ def damaged(what: str, error: Exception) -> InputError:
     return fail("damaged-output", f"{what} cannot be read: {reason}", help="convert the checkpoint again")
 
 
-def find_step(directory: Path) -> Path:
-    """The directory of one step: the one given, or the only one in it. Raises `no-checkpoint`."""
-    if (directory / CHECKPOINT).is_file():
-        return directory
-    steps = sorted(p.parent for p in directory.glob(f"*/{CHECKPOINT}") if p.parent.name.isdecimal())
-    if len(steps) == 1:
-        return steps[0]
-    found = f"{len(steps)} steps: {', '.join(p.name for p in steps[:8])}" if steps else "no finished checkpoint"
-    help = "give the directory of one step" if steps else "give the --output of a run that has ended"
-    raise fail("no-checkpoint", f"{directory} holds {found}", help=help)
-
-
 def custom_metadata_of(step: Path) -> dict[str, Any]:
     """The custom metadata of a checkpoint; empty when there is none, or no checkpoint."""
     try:
-        custom = _json(step / CHECKPOINT).get("custom_metadata")
+        custom = _json(step / STEP_METADATA).get("custom_metadata")
     except InputError:
         return {}
     return custom if isinstance(custom, dict) else {}
 
 
-def open_restored(step: Path) -> dict[str, RestoredArray]:
-    """The arrays of a checkpoint by name, without its scalar `step`. Raises `no-checkpoint`, `damaged-output`."""
+def open_restored(items: Path) -> dict[str, RestoredArray]:
+    """The arrays in a directory of items by name, without its scalar `step`. Raises `no-checkpoint`, `damaged-output`."""
     import tensorstore as ts
 
-    items = step / ITEMS
-    metadata = _json(items / "_METADATA")
+    metadata = _json(items / METADATA)
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "cache_pool#index": {"total_bytes_limit": _CACHE}})
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     opening = []
