@@ -30,6 +30,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+from msgspec import structs
 from ruamel.yaml import YAML
 
 from ckptc.compile.compiler import compile_plan, layouts
@@ -341,7 +342,12 @@ def recipe(plan: Plan, array: PlanArray) -> Any:
         return [plan.tensors[p].name for p in positions]
 
     sources = [
-        (s.dtype, s.shape, names(s.tensors), s.decode and (replace(s.decode, tensors=()), names(s.decode.tensors)))
+        (
+            s.dtype,
+            s.shape,
+            names(s.tensors),
+            s.decode and (structs.replace(s.decode, tensors=()), names(s.decode.tensors)),
+        )
         for s in array.sources
     ]
     return array.shape, array.dtype, sources, array.parts

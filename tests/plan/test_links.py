@@ -4,12 +4,12 @@ what it holds, and every chunk of which that is true by more than accident is.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.plan.links import links, made

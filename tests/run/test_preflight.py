@@ -7,12 +7,12 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.source import SourceFile

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from msgspec.structs import replace
 from orbax.checkpoint import utils as ocp_utils
 
 from ckptc.diagnostics import InputError

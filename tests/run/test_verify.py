@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import ckptc
 from ckptc.cli.main import run as command
@@ -198,7 +199,7 @@ def quantised(tmp_path: Path) -> tuple[GoldenCase, Checkpoint]:
     hf.mkdir()
     shutil.copy(case.hf / "config.json", hf)
     (hf / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return replace(case, hf=hf), checkpoint_of(hf)
+    return dataclasses.replace(case, hf=hf), checkpoint_of(hf)
 
 
 @pytest.mark.parametrize("block", [straight.BLOCK, 1], ids=["whole arrays", "block by block"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from ckptc.ops.base import Array, Inverse, Op, Parts, one
 from ckptc.ops.types import OpError, TensorType, check_float, is_float, numpy_dtype

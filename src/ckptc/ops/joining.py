@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from ckptc.ops.base import Array, Inverse, Op, Parts
 from ckptc.ops.nest import AxisMap

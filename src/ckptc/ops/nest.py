@@ -12,21 +12,21 @@ least the extent of all that follow, so an index has one decomposition at most. 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd, prod
 
+from msgspec import Struct
+from msgspec.structs import replace
 
-@dataclass(frozen=True, slots=True)
-class Factor:
+
+class Factor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     size: int  # iterations
     weight: int  # how far the axis' index moves per iteration
     step: int  # how many source elements per iteration
     tensor: int = 0  # how many tensors of the list per iteration
 
 
-@dataclass(frozen=True, slots=True)
-class AxisMap:
+class AxisMap(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The index set {start + Σ i·weight} of one axis."""
 
     start: int
@@ -43,8 +43,7 @@ class AxisMap:
         return self.start + sum((f.size - 1) * f.weight for f in self.factors) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One region of an array, and where it comes from.
 
     `source` numbers the leaf it reads (None: every element is `value`). Element (i…) of the region is element

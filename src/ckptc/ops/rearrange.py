@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from msgspec.structs import replace
 
 from ckptc.ops.base import Array, Inverse, Op, Parts, one
 from ckptc.ops.nest import AxisMap, Part, merge_axes, split_axis

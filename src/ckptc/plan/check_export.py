@@ -6,9 +6,10 @@ are laid out as `lay_out` does it; those of one batch lie in the same stored arr
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import accumulate
 from math import prod
+
+from msgspec.structs import replace
 
 from ckptc.ops.types import itemsize
 from ckptc.plan.check import PlanError, check_array, check_part

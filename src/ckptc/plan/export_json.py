@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
+
+from msgspec.structs import asdict
 
 from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.plan.model import Exactness, File

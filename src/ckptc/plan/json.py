@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields, is_dataclass
 from functools import cache
 from math import isfinite
 from typing import Any, cast
@@ -92,8 +91,7 @@ def encode(plan: Plan) -> dict[str, Any]:
 
 
 def _record(value: Any) -> dict[str, Any]:
-    assert is_dataclass(value)
-    return {f.name: getattr(value, f.name) for f in fields(value)}
+    return {name: getattr(value, name) for name in value.__struct_fields__}
 
 
 def _choices(choices: Choices) -> dict[str, Any]:

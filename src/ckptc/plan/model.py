@@ -7,10 +7,12 @@ thousands of tensors is one `Part` with a loop over its list of tensors (`ckptc.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptc.ops.nest import Part
 from ckptc.ops.types import itemsize
@@ -23,8 +25,7 @@ FORMAT = 1  # raised when a plan of an older ckptc can no longer be run
 Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(Struct, frozen=True, forbid_unknown_fields=True):
     """A shard file as it was when the plan was made. `name` is relative to the source directory."""
 
     name: str
@@ -32,8 +33,7 @@ class File:
     header: str  # "sha256:<hex>" of its header
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
     """A source tensor. Without a checkpoint at hand `file` is -1 and the offsets count from the tensor's own start."""
 
     name: str
@@ -42,8 +42,7 @@ class Tensor:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True, forbid_unknown_fields=True):
     """Equally shaped tensors that an array reads: positions in `Plan.tensors`. With `decode`, they are stored codes: the op's
     name, its block, and the scales' dtype, shape and positions."""
 
@@ -63,8 +62,7 @@ class Source:
         return replace(self, tensors=(), decode=self.decode and replace(self.decode, tensors=()))
 
 
-@dataclass(frozen=True, slots=True)
-class Decode:
+class Decode(Struct, frozen=True, forbid_unknown_fields=True):
     op: str
     block: tuple[int, ...]
     dtype: str
@@ -72,8 +70,7 @@ class Decode:
     tensors: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Exactness:
+class Exactness(Struct, frozen=True, forbid_unknown_fields=True):
     """How near an exported tensor is to the one that was converted, if nothing has changed it since.
 
     Equal bit for bit where the original's magnitude is above `above` (None: nowhere), else |difference| is at most
@@ -85,8 +82,7 @@ class Exactness:
     absolute: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(Struct, frozen=True, forbid_unknown_fields=True):
     """What an array holds, however it is stored. Its sources are kinds: arrays that differ in their tensors alone have
     equal contents, and what follows from those is worked out once."""
 
@@ -96,8 +92,7 @@ class Content:
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Array:
+class Array(Struct, frozen=True, forbid_unknown_fields=True):
     """A target array: what it is, how it is stored, and what it is made of."""
 
     path: tuple[str, ...]
@@ -144,8 +139,7 @@ def boxes(shape: tuple[int, ...], unit: tuple[int, ...]) -> Iterator[Box]:
         yield tuple((c, min(c + u, n)) for c, u, n in zip(corner, unit, shape, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
+class LeftOut(Struct, frozen=True, forbid_unknown_fields=True):
     """Source tensors that are not converted: the mapping's pattern and reason, and how many there are."""
 
     pattern: str
@@ -154,8 +148,7 @@ class LeftOut:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(Struct, frozen=True, forbid_unknown_fields=True):
     arrays: int
     tensors: int
     parameters: int  # elements of all target arrays
@@ -166,8 +159,7 @@ class Totals:
     reread_bytes: int = 0  # of `read_bytes`, what is read a second time, or a third
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
+class Made(Struct, frozen=True, forbid_unknown_fields=True):
     """What made the plan, by name and digest ("sha256:<hex>")."""
 
     ckptc: str
@@ -179,8 +171,7 @@ class Made:
     kind: str = "import"  # or "export": from Orbax to safetensors
 
 
-@dataclass(frozen=True, slots=True)
-class Choices:
+class Choices(Struct, frozen=True, forbid_unknown_fields=True):
     """The options the plan was compiled with, and the dims they gave."""
 
     layout: str
@@ -195,8 +186,7 @@ class Choices:
     link: bool = False  # whether chunks that lie in source files stay there
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     made: Made
     choices: Choices
     files: tuple[File, ...]

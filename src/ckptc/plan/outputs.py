@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
+
+from msgspec import Struct
 
 from ckptc.ops.nest import AxisMap, Part
 from ckptc.ops.types import itemsize
@@ -47,8 +48,7 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Struct, frozen=True, forbid_unknown_fields=True):
     """What is alike of the stored arrays that a kind of tensors reads."""
 
     shape: tuple[int, ...]
@@ -60,8 +60,7 @@ class Stored:
         return prod(self.chunk) * itemsize(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(Struct, frozen=True, forbid_unknown_fields=True):
     """What tensors that differ in their names and places alone have in common."""
 
     shape: tuple[int, ...]
@@ -105,8 +104,7 @@ class Exported(NamedTuple):
         return self.places[1::2]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFile:
+class OutputFile(Struct, frozen=True, forbid_unknown_fields=True):
     """One safetensors file: the next `count` tensors, one after the other, behind `header` bytes."""
 
     name: str
@@ -115,8 +113,7 @@ class OutputFile:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Padding:
+class Padding(Struct, frozen=True, forbid_unknown_fields=True):
     """A region of a stored array that no tensor has a place for: it should hold `value` everywhere."""
 
     tensor: int  # position in `Plan.tensors`
@@ -130,8 +127,7 @@ class Padding:
         return self.axes[self.axis].size if self.axes else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
+class Outputs(Struct, frozen=True, forbid_unknown_fields=True):
     """All that an export writes."""
 
     kinds: tuple[Kind, ...]

@@ -10,13 +10,13 @@ README_WEIGHTS.md; OCP Microscaling Formats (MX) 1.0 (e2m1 in pairs, the low fou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from ckptc.ops.dequant import E2M1, RowLayout
 from ckptc.ops.nest import AxisMap, Part
