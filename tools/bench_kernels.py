@@ -33,9 +33,9 @@ from ckptc.ops.dequant import Decode
 from ckptc.ops.nest import Part, whole
 from ckptc.ops.types import numpy_dtype
 from ckptc.plan.reads import places_in, plan_rows, scale_runs
-from ckptc.run.checksum import Summer
 from ckptc.run.decode import Decoder
 from ckptc.run.kernel import Conversion, Kernel, Loop, Math
+from ckptc.storage.formats.checksum import Summer
 from ckptc.storage.sink.file import page_buffer
 
 Array = npt.NDArray[Any]

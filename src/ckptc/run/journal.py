@@ -34,8 +34,8 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptc.diagnostics import InputError, fail
-from ckptc.run import checksum
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, commit, make_durable
+from ckptc.storage.formats import checksum
 from ckptc.storage.sink.directory import Directory
 
 LOCK = ".ckptc-lock"

@@ -38,12 +38,12 @@ from typing import Any
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.plan.model import Plan
-from ckptc.run import checksum
 from ckptc.run.coordinator import Alone
 from ckptc.run.forked_call import apart
 from ckptc.run.journal import UNFINISHED, output_error
 from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_chunk
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, indexed_bytes
+from ckptc.storage.formats import checksum
 from ckptc.storage.sink.bucket import MARKER, ObjectData, ObjectStore
 
 OBJECT_BYTES = 64 << 20  # of a data object at most, and of

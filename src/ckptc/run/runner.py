@@ -13,7 +13,6 @@ from typing import Any
 from ckptc.diagnostics import fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
-from ckptc.run import checksum
 from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, agree, announce, gather, join_unfinished
 from ckptc.run.linking import Linked, link
@@ -24,6 +23,7 @@ from ckptc.run.remote import RemoteOutput
 from ckptc.run.work import Progress, Work, copied
 from ckptc.storage.checkpoint.orbax_writer import finish
 from ckptc.storage.checkpoint.steps import require_directory
+from ckptc.storage.formats import checksum
 from ckptc.storage.formats.orbax_metadata import ONE_DEVICE
 from ckptc.storage.source.remembered import located
 

@@ -24,11 +24,11 @@ import numpy.typing as npt
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph, Target
 from ckptc.ops.types import itemsize
-from ckptc.run import checksum
 from ckptc.run.reference import Tensors, blocks, make
 from ckptc.storage.checkpoint.links import changed
 from ckptc.storage.checkpoint.restored import Pending, RestoredArray, custom_metadata_of, open_restored
 from ckptc.storage.checkpoint.steps import find_step
+from ckptc.storage.formats import checksum
 from ckptc.storage.formats.zarr3 import grid
 
 Array = npt.NDArray[Any]

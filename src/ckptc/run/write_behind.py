@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import InputError
 from ckptc.plan.model import Plan
-from ckptc.run import checksum
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter
+from ckptc.storage.formats import checksum
 from ckptc.storage.formats.zarr3 import grid
 from ckptc.storage.sink.file import LEAST
 

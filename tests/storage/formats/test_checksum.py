@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ckptc.run import checksum
-from ckptc.run.checksum import LANES, Summer, add, cell_of, seal
+from ckptc.storage.formats import checksum
+from ckptc.storage.formats.checksum import LANES, Summer, add, cell_of, seal
 
 Array = np.ndarray[Any, Any]
 BLOCK = LANES * 8  # bytes
