@@ -61,6 +61,7 @@ def test_there_and_back(name: str, layout: str, tmp_path: Path) -> None:
     left = [n for n in original if n not in found]
     assert [n for n in left if not matches(n, *ignored(case))] == []
     assert report.warnings == ()
+    assert (report.checksums, report.without_checksum) == (plan.totals.tensors, 0)
 
 
 def plain(case: GoldenCase, plan: Plan) -> dict[str, Any]:

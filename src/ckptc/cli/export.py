@@ -16,6 +16,7 @@ from ckptc.cli.progress import show_progress
 if TYPE_CHECKING:
     from ckptc.plan.model import Exactness, Plan
     from ckptc.run.diff import Comparison, Difference
+    from ckptc.run.export import ExportReport
     from ckptc.run.forked_call import Apart
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
 
@@ -230,6 +231,15 @@ def execute(
         f"in {report.seconds:.1f} s ({render.size(rate)}/s), {render.size(report.read_bytes)} decoded, "
         f"peak memory {render.size(report.peak_resident_bytes)}"
     )
+    print(_checked(report))
+
+
+def _checked(report: ExportReport) -> str:
+    """What was compared with checksums, and what could not be."""
+    if not report.checksums:
+        return "the checkpoint has no checksums to compare"
+    have = f"{report.checksums} arrays have the checksums they were written with"
+    return have + (f"; {report.without_checksum} have none to compare" if report.without_checksum else "")
 
 
 def summary_record(plan: Plan) -> dict[str, Any]:
@@ -333,6 +343,10 @@ def diff(args: argparse.Namespace) -> int:
     render.say_step(Path(args.first), first.said)
     render.say_step(Path(args.second), second.said)
     found = compare(first, second, memory)
+    for given, summed in zip((args.first, args.second), found.checksums, strict=True):
+        if summed is not None and summed < found.arrays:
+            which = f"{found.arrays - summed} of {found.arrays} arrays have" if summed else "the checkpoint has"
+            print(f"note: {given}: {which} no checksums to compare", file=sys.stderr)
     if args.json:
         # JSON has no infinity: a difference to one, or to what is no number, is null.
         text = json.dumps(asdict(found)).replace("Infinity", "null")

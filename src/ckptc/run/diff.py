@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.saved import is_parameter
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Box
@@ -26,6 +27,7 @@ from ckptc.storage.checkpoint.orbax_reader import open_reader, open_saved
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from ckptc.storage.checkpoint.safetensors_writer import runs
 from ckptc.storage.checkpoint.steps import require_directory
+from ckptc.storage.checkpoint.sums import Summed, Sums, noted
 from ckptc.storage.source.ranges import RangeReader
 
 Values = npt.NDArray[Any]
@@ -62,6 +64,8 @@ class Comparison:
     equal: int  # of them, bit for bit
     bytes: int  # read of each
     differences: tuple[Difference, ...]
+    checksums: tuple[int | None, int | None]  # of each side, the arrays compared that have the checksum they were
+    # written with; None for safetensors, which note none
 
 
 class Side(ABC):
@@ -69,6 +73,11 @@ class Side(ABC):
 
     entries: Mapping[str, Entry]
     said: str = ""  # which step it is, where there were several
+    summed: int | None = None  # arrays that had their checksums
+
+    def check(self, name: str) -> list[Diagnostic]:
+        """Whether an array that has been read has the checksum it was written with, if it has one."""
+        return []
 
     @abstractmethod
     def read(self, name: str, box: Box) -> Values:
@@ -101,7 +110,10 @@ class OrbaxSide(Side):
         saved, step = open_saved(directory, optimizer=others)
         arrays = [a for a in saved.arrays if others or is_parameter(a.path)]
         self._paths = {a.name: a.path for a in arrays}
-        self._reader, self._memory = open_reader(step.items), memory
+        listed = [Summed(a.name, a.shape, a.dtype, a.chunk) for a in arrays]
+        self._sums = Sums(noted(saved.custom), listed)
+        self._reader, self._memory = open_reader(step.items, sums=self._sums), memory
+        self.summed = 0
         self.said = step.said
         self.entries = {a.name: Entry(a.name, a.shape, a.dtype, a.chunk) for a in arrays}
 
@@ -111,6 +123,13 @@ class OrbaxSide(Side):
         axes = [(low, 1, high - low) for low, high in box]
         self._reader.read(self._paths[name], axes, entry.chunk or entry.shape, out, self._memory // 4)
         return out
+
+    def check(self, name: str) -> list[Diagnostic]:
+        for chunk in self._sums.missing(name):
+            self._reader.read_for_sums(chunk)
+        problems = self._sums.differ(name)
+        self.summed = (self.summed or 0) + (self._sums.has(name) and not problems)
+        return problems
 
 
 def open_side(directory: Path, memory: int, others: bool = False) -> Side:
@@ -124,8 +143,12 @@ def open_side(directory: Path, memory: int, others: bool = False) -> Side:
 
 
 def compare(first: Side, second: Side, memory: int, on_array: Callable[[str], None] = lambda _: None) -> Comparison:
-    """Everything that differs, in the order of names. `memory`: bytes of buffers."""
+    """Everything that differs, in the order of names. `memory`: bytes of buffers.
+
+    Raises InputError: `checksum-differs` for each array that is damaged, and what reading raises.
+    """
     differences: list[Difference] = []
+    damaged: list[Diagnostic] = []
     both = sorted(first.entries.keys() & second.entries.keys())
     done = equal = 0
     for name in sorted(first.entries.keys() | second.entries.keys()):
@@ -139,13 +162,16 @@ def compare(first: Side, second: Side, memory: int, on_array: Callable[[str], No
             differences.append(Difference(name, "shape", _type(a), _type(b)))
             continue
         count, absolute, relative = _values(first, second, a, b, memory)
+        damaged += first.check(name) + second.check(name)
         done += prod(a.shape) * itemsize(a.dtype)
         if a.dtype != b.dtype or count:
             kind = "dtype" if a.dtype != b.dtype else "values"
             differences.append(Difference(name, kind, _type(a), _type(b), count, absolute, relative))
         else:
             equal += 1
-    return Comparison(len(both), equal, done, tuple(differences))
+    if damaged:
+        raise InputError(dict.fromkeys(damaged))
+    return Comparison(len(both), equal, done, tuple(differences), (first.summed, second.summed))
 
 
 def _type(entry: Entry | None) -> str:

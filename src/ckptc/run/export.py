@@ -29,9 +29,10 @@ from ckptc.run.preflight import check_room
 from ckptc.run.work import Progress, worker_bytes
 from ckptc.storage.checkpoint.companions import identify
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
-from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, list_plain, open_reader
+from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, list_plain, noted_sums, open_reader
 from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
 from ckptc.storage.checkpoint.steps import find_step, require_directory
+from ckptc.storage.checkpoint.sums import Summed, Sums
 from ckptc.storage.source.remembered import located
 
 
@@ -45,6 +46,9 @@ class ExportReport:
     seconds: float
     peak_resident_bytes: int
     warnings: tuple[str, ...]
+    checksums: int = 0  # arrays that have the checksum they were written with
+    without_checksum: int = 0  # arrays that have none to compare
+    again_bytes: int = 0  # of decoded chunks, read once more for checksums, since they had been read in parts
 
 
 def export(
@@ -61,7 +65,7 @@ def export(
     `jobs`: worker processes at most, as far as the plan's memory goes; with one, all is done in this process. `plain`:
     what `list_plain` says of the checkpoint, if it has been asked already.
 
-    Raises InputError: `unknown-source`, `source-changed`, `worker-died`, `out-of-memory`, what `find_step` and
+    Raises InputError: `unknown-source`, `source-changed`, `checksum-differs`, `worker-died`, `out-of-memory`, what `find_step` and
     `CheckpointWriter` raise, what reading raises, and `disk-full` or `unwritable-output` when the system refuses to
     write.
     """
@@ -79,16 +83,28 @@ def export(
         with CheckpointWriter(output, specs, force=force) as writer:
             check_room(output, sum(f.size for f in specs))
             writer.create()
-            work = _Work(plan, outputs, partial(open_reader, items, plain), output, writer, jobs)
+            sums = Sums(noted_sums(items), _read_arrays(plan, outputs))
+            work = _Work(plan, outputs, partial(open_reader, items, plain, sums), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
+            work.compare(sums)
             writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
     except OSError as error:  # not of reading, which says so itself
         raise output_error(output, error, again="") from None
     seconds = time.perf_counter() - started
     return ExportReport(
-        str(output), work.read, plan.totals.write_bytes, seconds, peak_resident_bytes(), tuple(work.warnings())
-    )
+        str(output), work.read, plan.totals.write_bytes, seconds, peak_resident_bytes(), tuple(work.warnings()),
+        sums.compared, len(sums.without), work.again,
+    )  # fmt: skip
+
+
+def _read_arrays(plan: Plan, outputs: Outputs) -> Iterator[Summed]:
+    """The arrays that an export reads."""
+    for tensor in (*outputs.tensors, *outputs.twins):
+        for number, stored in zip(tensor.arrays, outputs.kinds[tensor.kind].sources, strict=True):
+            yield Summed(plan.tensors[number].name, stored.shape, stored.dtype, stored.chunk)
+    for p in outputs.padding:
+        yield Summed(plan.tensors[p.tensor].name, p.array.shape, p.array.dtype, p.array.chunk)
 
 
 class _Work:
@@ -106,7 +122,7 @@ class _Work:
         self.plan, self.outputs, self.reader, self.output, self.writer = plan, outputs, reader, output, writer
         fitting = plan.choices.memory // max(1, worker_bytes(plan.totals.peak_memory_bytes))
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
-        self.read = 0
+        self.read = self.again = 0
         context = mp.get_context("fork")
         self.differ = context.Array("b", len(outputs.twins), lock=False)  # whether a twin says other things
         self.trained = context.Array("q", len(outputs.padding), lock=False)  # rows of a padding
@@ -132,6 +148,19 @@ class _Work:
             return 0
 
         self._spread(twins + len(self.outputs.padding), look, lambda shared: None)
+
+    def compare(self, sums: Sums) -> None:
+        """Raises `checksum-differs`, for each array that has not the checksum it was written with."""
+        missing, read = sums.missing(), self.read
+
+        def look(exporter: Exporter, number: int) -> int:
+            exporter.reader.read_for_sums(missing[number])
+            return 0
+
+        self._spread(len(missing), look, lambda shared: None)
+        self.read, self.again = read, self.read - read
+        if problems := sums.differ():
+            raise InputError(problems)
 
     def _spread(self, count: int, make: Callable[[Exporter, int], int], watch: Callable[[Shared], None]) -> None:
         """Calls `make` with each number below `count`, by workers; it returns bytes written."""

@@ -28,6 +28,7 @@ from ckptc.run.reference import Tensors, blocks, make
 from ckptc.storage.checkpoint.links import changed
 from ckptc.storage.checkpoint.restored import Pending, RestoredArray, custom_metadata_of, open_restored
 from ckptc.storage.checkpoint.steps import find_step
+from ckptc.storage.checkpoint.sums import differs, noted
 from ckptc.storage.formats import checksum
 from ckptc.storage.formats.zarr3 import grid
 
@@ -238,8 +239,7 @@ class _Sums:
     def __init__(self, step: Path) -> None:
         custom = custom_metadata_of(step).get("ckptc")
         made = custom if isinstance(custom, dict) else {}
-        known = made.get("checksums") if made.get("checksum") == checksum.NAME else None
-        self.known: dict[str, Any] = known if isinstance(known, dict) else {}
+        self.known = noted(custom_metadata_of(step))
         linked = made.get("linked")
         files, arrays = (linked.get("files"), linked.get("arrays")) if isinstance(linked, dict) else ({}, [])
         self.files: dict[str, Any] = files if isinstance(files, dict) else {}
@@ -249,6 +249,4 @@ class _Sums:
         found, expected = checksum.seal(total, array.shape, array.dtype, array.chunk), self.known.get(array.name)
         if expected is None or found == expected:
             return []
-        notes = (f"expected: {expected}", f"found: {found}")
-        message = f"`{array.name}` does not have the checksum that was noted when it was written"
-        return [Diagnostic("checksum-differs", message, None, notes, _AGAIN)]
+        return [differs(array.name, expected, found)]

@@ -12,7 +12,7 @@ low bytes first. zarr v3's specification, codec `sharding_indexed`, "Binary shar
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -55,12 +55,19 @@ class PlainReader:
         found = self._index.arrays.get(".".join(path))
         return found is not None and numpy_dtype(found.layout.dtype) == dtype
 
-    def read(self, path: Keys, axes: Sequence[tuple[int, int, int]], out: Values) -> int:
+    def read(
+        self,
+        path: Keys,
+        axes: Sequence[tuple[int, int, int]],
+        out: Values,
+        on_piece: Callable[[Slices, Slices], None] = lambda index, place: None,
+    ) -> int:
         """Fills `out` with the indices start + i·stride, i below count, of each of `axes`.
 
-        `out`: C-contiguous, of the counts' shape and the array's dtype. Returns the bytes of the chunks that were
-        touched. Raises InputError: `orbax-array`, and what
-        `RangeReader` raises.
+        `out`: C-contiguous, of the counts' shape and the array's dtype. `on_piece` is called with each piece of a chunk
+        that has been read: where it is in the array, and in `out`. Returns the bytes of the chunks that were touched.
+
+        Raises InputError: `orbax-array`, and what `RangeReader` raises.
         """
         name, array = "/".join(path), self._index.arrays[".".join(path)]
         shape = array.layout.shape
@@ -80,6 +87,7 @@ class PlainReader:
             )
             target: Any = (*place, ...)  # with `...` an array without axes stays one
             self._read_piece(name, array, cell, inside, raw[target])
+            on_piece(index, place)
             touched += decoded(index, array.layout.chunk, shape)
         return touched * out.itemsize
 

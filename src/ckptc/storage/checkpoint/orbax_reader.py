@@ -20,14 +20,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.saved import OPTIMIZER, Saved, SavedArray
 from ckptc.ir.source import SourceFile
-from ckptc.storage.checkpoint.orbax_chunks import PlainReader, decoded, pieces
+from ckptc.storage.checkpoint.orbax_chunks import PlainReader, Slices, decoded, pieces
 from ckptc.storage.checkpoint.orbax_index import PlainIndex, list_chunks
 from ckptc.storage.checkpoint.steps import MANIFEST, METADATA, STEP_METADATA, Step, find_step
+from ckptc.storage.checkpoint.sums import Axes, Sums, noted
+from ckptc.storage.formats.zarr3 import numpy_dtype
 from ckptc.storage.source.files import header_digest, open_regular, pread, refuse, resolve, shown
 
 MAX_JSON = 1 << 30
@@ -85,10 +88,17 @@ def list_plain(items: Path) -> PlainIndex:
     return list_chunks(items, [".".join(path) for path in leaves]) if zarr3 and ocdbt else PlainIndex()
 
 
-def open_reader(items: Path, plain: PlainIndex | None = None) -> ArrayReader:
-    """A reader of the arrays of `items`. `plain`: what `list_plain` has found, if it has been asked already."""
+def open_reader(items: Path, plain: PlainIndex | None = None, sums: Sums | None = None) -> ArrayReader:
+    """A reader of the arrays of `items`. `plain`: what `list_plain` has found, if it has been asked already; `sums`: what
+    is told of the chunks that are read.
+    """
     _, zarr3, ocdbt = _tree(items, [])
-    return ArrayReader(items, zarr3, ocdbt, list_plain(items) if plain is None else plain)
+    return ArrayReader(items, zarr3, ocdbt, list_plain(items) if plain is None else plain, sums)
+
+
+def noted_sums(items: Path) -> dict[str, str]:
+    """The checksums that the checkpoint of `items` carries, by array."""
+    return noted(_custom(find_step(items).directory))
 
 
 def _identity(items: Path, name: str) -> SourceFile:
@@ -154,8 +164,8 @@ def _ocdbt(items: Path, path: str) -> dict[str, Any]:
 class ArrayReader:
     """Boxes of the arrays of one checkpoint, by the arrays' paths. Not for several threads."""
 
-    def __init__(self, items: Path, zarr3: bool, ocdbt: bool, plain: PlainIndex) -> None:
-        self._items, self._zarr3, self._ocdbt = items, zarr3, ocdbt
+    def __init__(self, items: Path, zarr3: bool, ocdbt: bool, plain: PlainIndex, sums: Sums | None = None) -> None:
+        self._items, self._zarr3, self._ocdbt, self._sums = items, zarr3, ocdbt, sums
         self._plain = PlainReader(items, plain)
         self._open: OrderedDict[tuple[str, ...], Any] = OrderedDict()
         self.bytes_read = 0  # of decoded chunks
@@ -223,8 +233,14 @@ class ArrayReader:
         `out`: C-contiguous, of the counts' shape and the array's dtype. `in_flight`: bytes of chunks that may be held beside it; one
         is always held.
         """
+
+        def note(index: Slices, place: Slices) -> None:
+            if self._sums is not None:
+                at: Any = (*place, ...)  # with `...` an array without axes stays one
+                self._sums.note("/".join(path), index, out[at])
+
         if self._plain.has(path, out.dtype):
-            self.bytes_read += self._plain.read(path, axes, out)
+            self.bytes_read += self._plain.read(path, axes, out, note)
             return
         if path not in self._open:
             self._open[path] = self._result(path, self._ts.open(self._spec(path), open=True, context=self._context))
@@ -236,11 +252,25 @@ class ArrayReader:
             raise fail("orbax-array", f"the array {name} has {array.rank} axes, the plan reads {len(axes)}", help=help)
         target, origin = self._ts.array(out, copy=False, write=True), self._ts.d[:].translate_to[0]
         most = max(1, in_flight // max(1, 2 * prod(chunk) * out.itemsize))  # a chunk is held as stored and as decoded
-        pending: deque[Any] = deque()
+        pending: deque[tuple[Any, Slices, Slices]] = deque()
+
+        def finish() -> None:
+            writing, index, place = pending.popleft()
+            self._result(path, writing)
+            note(index, place)
+
         for index, place in pieces(axes, chunk):
             if len(pending) >= most:
-                self._result(path, pending.popleft())
-            pending.append(target[place][origin].write(array[index][origin]))
+                finish()
+            pending.append((target[place][origin].write(array[index][origin]), index, place))
             self.bytes_read += out.itemsize * decoded(index, chunk, array.shape)
         while pending:
-            self._result(path, pending.popleft())
+            finish()
+
+    def read_for_sums(self, missing: tuple[str, Axes]) -> None:
+        """Reads a chunk for the sake of its checksum: one of `Sums.missing`."""
+        assert self._sums is not None
+        name, axes = missing
+        array = self._sums.array(name)
+        out = np.empty([count for _, _, count in axes], dtype=numpy_dtype(array.dtype))
+        self.read(tuple(name.split("/")), axes, array.chunk, out, 0)
