@@ -20,11 +20,11 @@ from ckptc.compile.assemble import sha256
 from ckptc.compile.config import adapt, stated_dtype
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
-from ckptc.compile.match import problems
+from ckptc.compile.match import SHOWN, problems
 from ckptc.compile.reading import SCALES, ExportOptions, Reading, read
 from ckptc.compile.rounding import exactness, invert_math, worst
 from ckptc.compile.units import schedule
-from ckptc.diagnostics import Diagnostic, InputError
+from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.saved import Original, Saved, SavedArray
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
@@ -39,12 +39,25 @@ def compile_export(
     mapping: Family, model: Model, options: ExportOptions, saved: Saved, original: Original | None = None
 ) -> plan.Plan:
     """The plan. Raises InputError with everything that is wrong, found before an array is read."""
+    _require_parameters(saved)
     config = original.config if original and original.config else model.config
     found = read(mapping, model, options, saved, original, config)
     wrong = problems(found.graph, found.matched, options.multimodal if mapping.multimodal else None)
     if wrong:
         raise InputError(dict.fromkeys(wrong))
     return _Export(mapping, model, options, saved, original, config, found).records()
+
+
+def _require_parameters(saved: Saved) -> None:
+    """Raises `no-parameters`: no array is of floating numbers, as when a run saved its step alone."""
+    if any(is_float(a.dtype) for a in saved.arrays):
+        return
+    names = [f"`{a.name}` {a.dtype}{list(a.shape)}" for a in saved.arrays[:SHOWN]]
+    more = len(saved.arrays) - len(names)
+    holds = ", ".join(names) + (f" and {more} more" if more else "") if names else "no array"
+    state = f", and {saved.optimizer} arrays of the optimizer's state" if saved.optimizer else ""
+    help = "give a checkpoint that holds the weights; a LoRA run may save its step alone, and the base model's weights lie where it began"
+    raise fail("no-parameters", "the checkpoint holds no parameters", notes=(f"it holds: {holds}{state}",), help=help)
 
 
 class _Export:
