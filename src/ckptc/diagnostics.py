@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A place in a text file: 1-based line and column, and the number of characters to underline."""
+    """A place in a text file: 1-based line and column, and the number of characters to underline.
+
+    `also`: other places that led here, each with what it is: who uses a shared part, the other half of a rule.
+    """
 
     file: str
     line: int
     column: int
     length: int = 1
+    also: tuple[tuple[str, Span], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ VALID = [
     ("(a 1 b)", Pattern((("a", "b"),), None)),
     ("a1 b_2", Pattern((("a1",), ("b_2",)), None)),
     ("a 1", Pattern((("a",), ()), None)),
+    ("(2 mlp) embed -> 2 embed mlp", Pattern((("2", "mlp"), ("embed",)), (("2",), ("embed",), ("mlp",)))),
+    ("11", Pattern((("11",),), None)),
 ]  # fmt: skip
 
 INVALID = [
@@ -39,8 +41,9 @@ INVALID = [
     ("a + b", 2, 1, "a pattern has names"),
     ("a  ,b", 3, 1, "a pattern has names"),
     ("_a", 0, 1, "a pattern has names"),
-    ("2", 0, 1, "a pattern has names"),
-    ("11", 0, 1, "a pattern has names"),
+    ("0", 0, 1, "a pattern has names"),
+    ("12345", 0, 1, "a pattern has names"),
+    ("2 2", 2, 1, "`2` stands twice"),
     ("1a", 0, 1, "a pattern has names"),
     ("a - > b", 2, 1, "a pattern has names"),
     ("a ... b", 2, 1, "a pattern has names"),

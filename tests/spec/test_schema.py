@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 from ckptc.diagnostics import Diagnostic, InputError, Span, nearest
 from ckptc.ops import VOCABULARY
 from ckptc.spec.document import load, parse
-from ckptc.spec.resources import mapping_files, schema, target_file
+from ckptc.spec.resources import mapping_files, schema, shipped_file, target_file
 from ckptc.spec.schema import check
 
 HEAD = "family: f\ntarget: maxtext\ndims: {}\nmodels: { m: { repo: r } }\n"
@@ -51,10 +51,23 @@ def test_what_is_allowed(text: str) -> None:
     check(parse(HEAD + text, "m.yaml"))
 
 
-@pytest.mark.parametrize("file", mapping_files(), ids=lambda p: p.stem)
-def test_shipped_mappings_are_valid_and_name_the_schema(file: Any) -> None:
-    check(load(file))
-    assert file.read_text("utf-8").startswith("# yaml-language-server: $schema=../schema/mapping.schema.json\n")
+@pytest.mark.parametrize("file", mapping_files(), ids=lambda f: f.stem)
+def test_shipped_families_are_valid_and_name_the_schema(file: Any) -> None:
+    document = load(file)
+    kind = "family" if "runs_as" in document.data else "mapping"
+    check(document, kind)
+    assert file.read_text("utf-8").startswith(f"# yaml-language-server: $schema=../schema/{kind}.schema.json\n")
+
+
+SHARED = [*((f, "part", 2) for f in shipped_file("parts").glob("*.yaml")), (shipped_file("logical.yaml"), "logical", 1)]
+SHARED += [(f, "block", 3) for f in shipped_file("targets").glob("*/*.yaml")]
+
+
+@pytest.mark.parametrize(("file", "kind", "depth"), SHARED, ids=lambda f: getattr(f, "stem", ""))
+def test_what_families_share_is_valid_and_names_the_schema(file: Any, kind: str, depth: int) -> None:
+    check(load(file), kind)
+    first = f"# yaml-language-server: $schema={'../' * depth}schema/{kind}.schema.json\n"
+    assert file.read_text("utf-8").startswith(first)
 
 
 def test_the_shipped_target_is_valid_and_names_its_schema() -> None:
@@ -213,7 +226,7 @@ def test_names_are_lower_case(name: str, text: str) -> None:
         ),
         ("tensors: { a: { from: [{ from: «3», as: b }, { from: y, as: b }] } }\n", "`from` must be text", "3"),
         ("tensors: { a: { from: [«x», { from: y, as: b }] } }\n", "item 1 of `from` must be a map", '"x"'),
-        ("tensors: { a: «x» }\n", "`a` must be a map", '"x"'),
+        ("tensors: { a: «x» }\n", "`a` must be a list or a map", '"x"'),
         ("tensors: { a: { from: x, as: «[»b, c] } }\n", "`as` must be text", '["b", "c"]'),
         ("tensors: { a: { from: x, as: b, axis: «-1» } }\n", "`axis` must be 0 or more", "-1"),
         ("tensors: { a: { from: x, as: b, axis: «1.5» } }\n", "`axis` must be a whole number", "1.5"),

@@ -52,6 +52,10 @@ def record(d: Diagnostic) -> dict[str, Any]:
         "length": d.span.length if d.span else None,
         "notes": list(d.notes),
         "help": d.help,
+        "related": [
+            {"what": what, "file": s.file, "line": s.line, "column": s.column, "length": s.length}
+            for what, s in (d.span.also if d.span else ())
+        ],
     }
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptc.diagnostics import Diagnostic
-from ckptc.spec.resources import mapping_files
+from ckptc.diagnostics import Diagnostic, Span
+from ckptc.spec.resources import shipped_file
 
 if TYPE_CHECKING:
     from ckptc.plan.division import Balance
@@ -53,6 +53,7 @@ def diagnostic(d: Diagnostic, color: bool = False) -> str:
                 f"{paint(str(s.line), BLUE)} {bar} {shown}".rstrip(),
                 f"{' ' * margin} {bar} {' ' * before}{paint('^' * marked, RED)}",
             ]
+        lines += [line for what, other in s.also for line in _also(what, other, margin, paint)]
     equals = paint("=", BLUE)
     lines += [f"{' ' * margin} {equals} {_safe(note)}" for note in d.notes]
     if d.help:
@@ -64,6 +65,16 @@ def say_step(given: Path, said: str) -> None:
     """On stderr, which of several steps is read."""
     if said:
         print(_safe(f"note: {given}: reads step {said}"), file=sys.stderr)
+
+
+def _also(what: str, span: Span, margin: int, paint: Callable[[str, str], str]) -> list[str]:
+    """Another place that led to a problem: who uses a shared part, or the other half of a rule."""
+    lines = [" " * margin + paint("::: ", BLUE) + f"{_safe(span.file)}:{span.line}:{span.column}: {_safe(what)}"]
+    source = _line(span.file, span.line)
+    if source is not None:
+        bar, number = paint("|", BLUE), str(span.line).rjust(margin)
+        lines.append(f"{paint(number, BLUE)} {bar} {_around(source, span.column - 1, span.length)[0].strip()}".rstrip())
+    return lines + [line for inner, other in span.also for line in _also(inner, other, margin, paint)]
 
 
 def _safe(text: str) -> str:
@@ -87,10 +98,12 @@ def _columns(text: str) -> int:
 
 
 def _line(file: str, number: int) -> str | None:
-    """A line of a file that diagnostics name: a shipped mapping by its short name, or a path."""
-    shipped = {f"mappings/{p.name}": p for p in mapping_files()}
+    """A line of a file that diagnostics name: a shipped file by its path from `mappings`, or any by its own."""
+    first, *rest = Path(file).parts or ("",)
+    shipped = shipped_file(*rest) if first == "mappings" and rest else None
     try:
-        text = shipped.get(file, Path(file)).read_text(encoding="utf-8-sig", errors="replace")
+        path = shipped if shipped is not None and shipped.is_file() else Path(file)
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except (OSError, ValueError):
         return None
     # Reading has made every line break one that YAML and JSON count. str.splitlines knows more.

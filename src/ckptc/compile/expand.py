@@ -286,7 +286,8 @@ class _Chain:
             op = build_op(spec, nodes[0].type, self.batch, self.scope, self.names)
         except OpError as error:
             raise self._op_error(error, nodes, spec.where) from None
-        self.steps.append(" ".join(spec.argument.split()) if spec.name == "rearrange" else op.describe())
+        step = " ".join(spec.argument.split()) if spec.name == "rearrange" else op.describe()
+        self.steps.append(self.scope.with_reason(step, spec.where))
         if isinstance(op, Decode):
             return self._decode(op, spec, nodes)
         node = self._op(op, nodes, spec.where)

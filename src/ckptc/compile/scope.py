@@ -69,6 +69,11 @@ class Scope:
     def span(self, where: Path_) -> Span:
         return self.document.span(where)
 
+    def with_reason(self, step: str, where: Path_) -> str:
+        """What is done, and why, where it was derived."""
+        reason = self.document.reasons.get(where)
+        return f"{step} ({reason})" if reason else step
+
     def error(
         self,
         where: Path_,
@@ -172,6 +177,8 @@ class Scope:
     def size(self, name: str, known: Mapping[str, int], text: str, where: Path_) -> int:
         if name in known:
             return known[name]
+        if name.isdigit():
+            return int(name)
         value = self.dims.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value

@@ -1,5 +1,7 @@
 """Patterns such as `(heads head_dim) embed -> embed heads head_dim`: axes by name, grouped where they are fused.
 
+A whole number is an axis of that size, and its own name: `(2 mlp) embed -> 2 embed mlp`. `1` is an axis of nothing.
+
 Parsing knows no sizes; `ckptc.ops.rearrange` adds them. The notation is that of einops: https://einops.rocks/.
 """
 
@@ -12,7 +14,7 @@ from ckptc.ops.types import OpError
 
 Group = tuple[str, ...]  # names fused into one axis, slowest first; () is an anonymous axis of size 1
 
-_TOKEN = re.compile(r"\s*(->|[()]|[a-z][a-z0-9_]*|1(?![0-9a-z_]))")
+_TOKEN = re.compile(r"\s*(->|[()]|[a-z][a-z0-9_]*|[1-9][0-9]{0,3}(?![0-9a-z_]))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def parse_pattern(text: str) -> Pattern:
         match = _TOKEN.match(text, position)
         if match is None:
             at = position + len(text[position:]) - len(text[position:].lstrip())
-            raise PatternError("a pattern has names, `1`, parentheses and one `->`", at)
+            raise PatternError("a pattern has names, whole numbers, parentheses and one `->`", at)
         token, at, position = match.group(1), match.start(1), match.end()
         if token == "->":
             if len(sides) == 2 or group is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,33 @@ _SCALARS: dict[str, Callable[[str], Any]] = {"null": _null, "bool": _boolean, "i
 
 @dataclass
 class Document:
-    """A parsed file. `keys` and `values` map a path of keys and indices to the span of that key or value."""
+    """A parsed file. `keys` and `values` map a path of keys and indices to the span of that key or value.
+
+    `used_by`: where another file names this one, and that one in turn. Of a document that was derived from others
+    (`derived`), the spans lie in those, `text` is its data as JSON, and `reasons` say why a value is as it is.
+    """
 
     name: str
     text: str
     data: Any = None
     keys: dict[Path_, Span] = field(default_factory=dict)
     values: dict[Path_, Span] = field(default_factory=dict)
+    used_by: tuple[tuple[str, Span], ...] = ()
+    derived: bool = False
+    reasons: dict[Path_, str] = field(default_factory=dict)
 
     def span(self, path: Path_) -> Span:
         """The span of the value at `path`, else of the nearest thing that encloses it."""
         while path and path not in self.values:
             path = path[:-1]
-        return self.values.get(path, Span(self.name, 1, 1))
+        return self._used(self.values.get(path, Span(self.name, 1, 1)))
 
     def key_span(self, path: Path_) -> Span:
         """The span of the key at `path`, else of its value."""
-        return self.keys.get(path) or self.span(path)
+        return self._used(self.keys[path]) if path in self.keys else self.span(path)
+
+    def _used(self, span: Span) -> Span:
+        return replace(span, also=(*span.also, *self.used_by)) if self.used_by else span
 
     def within(self, path: Path_, start: int, length: int) -> Span:
         """The span of `length` characters from character `start` of the one-line scalar at `path`.
@@ -81,13 +91,15 @@ class Document:
         Quoted scalars shift by their opening quote; a scalar with escapes or of several lines gives the whole value.
         """
         whole = self.span(path)
+        if self.derived:
+            return whole
         lines = _LINE_BREAK.split(self.text)
         line = lines[whole.line - 1] if whole.line <= len(lines) else ""
         shown = line[whole.column - 1 : whole.column - 1 + whole.length]
         quote = 1 if shown[:1] in ("'", '"') else 0
         if "\\" in shown or "''" in shown or start + length > len(shown) - 2 * quote:
             return whole
-        return Span(self.name, whole.line, whole.column + quote + start, max(1, length))
+        return replace(whole, column=whole.column + quote + start, length=max(1, length))
 
 
 def load(path: Path, name: str | None = None) -> Document:

@@ -10,12 +10,14 @@ from typing import Any
 
 from ckptc.diagnostics import InputError, fail, nearest
 from ckptc.spec.document import Document, Path_, load
+from ckptc.spec.halves.lower import lower
 from ckptc.spec.resources import mapping_files
 from ckptc.spec.schema import check
 
 Value = str | int | float | bool
 LoopOver = Value | list[Value] | dict[str, Value]
 LAYOUTS = ("scanned", "unscanned")
+TARGET = "maxtext"
 
 
 @dataclass(frozen=True)
@@ -131,22 +133,29 @@ class Family:
     document: Document
 
 
-def load_mapping(path: Path, name: str | None = None) -> Family:
-    """Read, check against the schema, and type a mapping file. Raises InputError with every problem found."""
+def load_mapping(path: Path, name: str | None = None, target: str = TARGET) -> Family:
+    """Read, check against the schema, and type a family's file, as `target` runs it: halves become explicit rules, and
+    a mapping of explicit rules stays as it is. Raises InputError with every problem found.
+    """
     document = load(path, name)
-    check(document)
-    return _mapping(document)
+    if not isinstance(document.data, dict) or not {"runs_as", "hub", "parts"} & document.data.keys():
+        check(document)
+        return _mapping(document)
+    check(document, "family")
+    lowered = lower(document, target, path.parent)
+    check(lowered)
+    return _mapping(lowered)
 
 
 @cache
-def load_shipped(path: Path) -> Family:
-    """One of the mappings that come with ckptc."""
-    return load_mapping(path, f"mappings/{path.name}")
+def load_shipped(path: Path, target: str = TARGET) -> Family:
+    """One of the families that come with ckptc."""
+    return load_mapping(path, f"mappings/{path.name}", target)
 
 
 @cache
 def shipped() -> tuple[Family, ...]:
-    """The mappings that come with ckptc, by family name."""
+    """The families that come with ckptc, by name."""
     return tuple(sorted((load_shipped(p) for p in mapping_files()), key=lambda m: m.family))
 
 
@@ -239,7 +248,13 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rules(data: dict[str, Any], where: Path_) -> tuple[Rule, ...]:
-    return tuple(_rule(target, rule, (*where, target)) for target, rule in data.items())
+    """The rules of a map of paths; a list holds several for one path, of which each has another `when`."""
+    out = []
+    for target, given in data.items():
+        several = given if isinstance(given, list) else None
+        out += [_rule(target, rule, (*where, target, n)) for n, rule in enumerate(several or ())]
+        out += [_rule(target, given, (*where, target))] if several is None else []
+    return tuple(out)
 
 
 def _rule(target: str, rule: dict[str, Any], where: Path_) -> Rule:

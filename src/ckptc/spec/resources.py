@@ -17,8 +17,18 @@ def _folder(name: str) -> Path:
 
 
 def mapping_files() -> list[Path]:
-    """The shipped mapping files, by name."""
-    return sorted(_folder("mappings").glob("*.yaml"))
+    """The shipped families' files, by name."""
+    return sorted(p for p in _folder("mappings").glob("*.yaml") if p != logical_file())
+
+
+def logical_file() -> Path:
+    """The shipped vocabulary of logical tensors."""
+    return _folder("mappings") / "logical.yaml"
+
+
+def shipped_file(*parts: str) -> Path:
+    """A shipped file by its path below `mappings`."""
+    return _folder("mappings").joinpath(*parts)
 
 
 def target_file(name: str) -> Path:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 from jsonschema import Draft7Validator
 from jsonschema.exceptions import ValidationError
+from referencing import Registry, Resource
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean
 from ckptc.spec.document import Document, Path_
@@ -33,7 +35,7 @@ _SHOWN = 60  # characters of a value
 
 
 def check(document: Document, kind: str = "mapping") -> None:
-    """Raises InputError with every violation of the schema of that kind: `mapping`, `target` or `rules`."""
+    """Raises InputError with every violation of the schema of that kind: `mapping`, `family`, `part`, `block`, `target`, …"""
     if not isinstance(document.data, dict):
         found = "nothing" if document.data is None else _kind(document.data)
         raise InputError(
@@ -47,13 +49,20 @@ def check(document: Document, kind: str = "mapping") -> None:
             ]
         )
     found_here: dict[Span | None, list[Diagnostic]] = defaultdict(list)
-    for error in Draft7Validator(schema(kind)).iter_errors(document.data):
+    for error in validator(kind).iter_errors(document.data):
         for diagnostic in _diagnose(error, document):
             found_here[diagnostic.span].append(diagnostic)
     if found_here:
         # A key that is no name has no valid value either: where a key is wrong, nothing else is said of the place.
         places = sorted(found_here, key=lambda s: (s.line, s.column) if s else (0, 0))
         raise InputError(d for place in places for d in _most_telling(found_here[place]))
+
+
+@cache
+def validator(kind: str) -> Draft7Validator:
+    """Of a kind of file. Schemas refer to definitions of one another."""
+    files = [Resource.from_contents(schema(name)) for name in ("mapping", "part", "logical")]
+    return Draft7Validator(schema(kind), registry=Registry().with_resources((r.id() or "", r) for r in files))
 
 
 def _most_telling(found: list[Diagnostic]) -> list[Diagnostic]:
