@@ -1,7 +1,7 @@
 """Checks converted weights by what they compute: MaxText's model on them, next to transformers' on the originals.
 
     python tools/forward.py WORKDIR [CASE ...] --transformers-python PYTHON --maxtext-python PYTHON
-                            [--layout scan] [--json FILE]
+                            [--layout scan] [--loader pretrained] [--json FILE]
 
 This trusts no mapping. For each case of `forward_cases*.py` it
 
@@ -9,7 +9,7 @@ This trusts no mapping. For each case of `forward_cases*.py` it
     first environment (`forward_transformers.py`);
  2. converts it with ckptc, in this Python;
  3. restores the result into MaxText's own model and computes the same logits, in the second environment
-    (`forward_maxtext.py`);
+    (`forward_maxtext.py`), once by each of the three ways in which MaxText restores parameters;
  4. compares: the largest difference, also in parts of the largest logit, the mean KL divergence, and how often both
     choose the same token first.
 
@@ -45,17 +45,19 @@ from forward_cases_wrapped import WRAPPED
 
 CASES = [*DENSE, *SPARSE, *LATENTS, *WRAPPED]
 HERE = Path(__file__).resolve().parent
+LOADERS = ["train", "pretrained", "linen"]  # what they are: `forward_maxtext.py`
 TOLERANCE = 1e-3  # of the largest logit: far above float32 noise, far below any wrong array
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case in one layout."""
+    """One case in one layout, restored by one of MaxText's loaders."""
 
     case: str
     family: str
     model: str
     layout: str
+    loader: str
     verdict: str  # agrees, deviates (as known), DIFFERS, or FAILED
     largest: float | None = None  # |difference| of logits
     relative: float | None = None  # the same, in parts of the largest logit
@@ -70,14 +72,14 @@ def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return result
 
 
-def compare(case: Case, layout: str, directory: Path) -> Row:
-    row = Row(case.name, case.family, case.model, layout, "FAILED")
-    for error in (directory.parent / "error", directory / "error"):
+def compare(case: Case, layout: str, loader: str, directory: Path) -> Row:
+    row = Row(case.name, case.family, case.model, layout, loader, "FAILED")
+    for error in (directory.parent / "error", directory / "error", directory / f"error.{loader}"):
         if error.exists():
             return dataclasses.replace(row, note=error.read_text(encoding="utf-8").splitlines()[0])
     with np.load(directory.parent / "expected.npz") as file:
         expected = file["logits"].astype(np.float64)
-    with np.load(directory / "actual.npz") as file:
+    with np.load(directory / f"actual.{loader}.npz") as file:
         actual = file["logits"].astype(np.float64)[..., : expected.shape[-1]]  # MaxText's vocabulary may be padded
     largest = float(np.abs(actual - expected).max())
     relative = largest / float(np.abs(expected).max())
@@ -111,7 +113,9 @@ def convert(case: Case, layout: str, directory: Path) -> None:
         (directory / "error").write_text(f"ckptc: {message.splitlines()[0]}", encoding="utf-8")
 
 
-def work_through(work: Path, cases: list[Case], layouts: list[str], transformers: str, maxtext: str) -> list[Row]:
+def work_through(
+    work: Path, cases: list[Case], layouts: list[str], loaders: list[str], transformers: str, maxtext: str
+) -> list[Row]:
     pairs = [(case, layout) for case in cases for layout in layouts if layout in case.layouts]
     for case in cases:
         shutil.rmtree(work / case.name, ignore_errors=True)
@@ -124,18 +128,26 @@ def work_through(work: Path, cases: list[Case], layouts: list[str], transformers
         if not (directory.parent / "error").exists():
             directory.mkdir()
             convert(case, layout, directory)
-            ready.append({"model": case.model, "maxtext": case.maxtext, "layout": layout, "directory": str(directory)})
+            ready.append(
+                {
+                    "model": case.model,
+                    "maxtext": case.maxtext,
+                    "layout": layout,
+                    "directory": str(directory),
+                    "loaders": loaders,
+                }
+            )
     listing = work / "forwards.json"
     listing.write_text(json.dumps(ready), encoding="utf-8")
     subprocess.run([maxtext, str(HERE / "forward_maxtext.py"), str(listing)], check=True)
-    return [compare(case, layout, work / case.name / layout) for case, layout in pairs]
+    return [compare(case, layout, loader, work / case.name / layout) for case, layout in pairs for loader in loaders]
 
 
 def table(rows: list[Row]) -> str:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    lines = [["CASE", "MODEL", "LAYOUT", "MAX |D|", "RELATIVE", "KL", "TOP-1", "VERDICT"]]
+    lines = [["CASE", "MODEL", "LAYOUT", "LOADER", "MAX |D|", "RELATIVE", "KL", "TOP-1", "VERDICT"]]
     for row in rows:
         numbers = [
             number(row.largest, ".1e"),
@@ -143,10 +155,15 @@ def table(rows: list[Row]) -> str:
             number(row.kl, ".1e"),
             number(row.top1, ".1%"),
         ]
-        lines.append([row.case, row.model, row.layout, *numbers, row.verdict])
+        lines.append([row.case, row.model, row.layout, row.loader, *numbers, row.verdict])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text += ["", *(f"{row.case} ({row.layout}): {row.note}" for row in rows if row.note)]
+    notes = (
+        f"{row.case} ({row.layout}{', ' + row.loader if row.verdict == 'FAILED' else ''}): {row.note}"
+        for row in rows
+        if row.note
+    )
+    text += ["", *dict.fromkeys(notes)]
     return "\n".join(text).rstrip()
 
 
@@ -159,6 +176,9 @@ def main() -> int:
     parser.add_argument("--transformers-python", required=True, metavar="PYTHON", help="has torch and transformers")
     parser.add_argument("--maxtext-python", required=True, metavar="PYTHON", help="has MaxText 0.2.5")
     parser.add_argument("--layout", choices=["scan", "unscan", "both"], default="both")
+    parser.add_argument(
+        "--loader", choices=[*LOADERS, "all"], default="all", help="how MaxText restores the parameters (default: all)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     options = parser.parse_intermixed_args()
     known = {case.name: case for case in CASES}
@@ -166,8 +186,11 @@ def main() -> int:
         parser.error(f"unknown cases: {', '.join(unknown)}; there are: {', '.join(known)}")
     cases = [known[name] for name in options.cases] or list(CASES)
     layouts = ["scan", "unscan"] if options.layout == "both" else [options.layout]
+    loaders = LOADERS if options.loader == "all" else [options.loader]
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = work_through(options.work.resolve(), cases, layouts, options.transformers_python, options.maxtext_python)
+    rows = work_through(
+        options.work.resolve(), cases, layouts, loaders, options.transformers_python, options.maxtext_python
+    )
     print(table(rows))
     if options.json:
         options.json.write_text(
