@@ -45,14 +45,14 @@ class Kept:
 KEPT = (
     Kept(
         "deepseek3",
-        r"params/MoEBiasVar/.*/gate/bias",
+        r"params/params/.*/gate/bias",
         r"model\.layers\.\d+\.mlp\.gate\.e_score_correction_bias",
         "MaxText rounds the routing bias to bfloat16; choosing experts compares close numbers, so its float32 is kept",
     ),
-    Kept("deepseek4", r"params/MoEBiasVar/.*/gate/bias", r"layers\.\d+\.ffn\.gate\.bias", "the same bias"),
+    Kept("deepseek4", r"params/params/.*/gate/bias", r"layers\.\d+\.ffn\.gate\.bias", "the same bias"),
     Kept(
         "deepseek4",
-        r"params/Tid2EidVar/.*/tid2eid",
+        r"params/params/.*/tid2eid",
         r"layers\.\d+\.ffn\.gate\.tid2eid",
         "MaxText stores this table of integers as bfloat16, which cannot count past 256; it keeps its integers",
     ),

@@ -31,6 +31,11 @@ DTYPES = {
 }
 
 
+# Collections of MaxText's that ckptc makes part of `params`, and what they hold. MaxText's `from_pretrained`, which all
+# fine-tuning and MaxEngine go through, reads `params` only; its other loaders look there too.
+MOVED = {"MoEBiasVar": "gate/bias", "Tid2EidVar": "tid2eid"}
+
+
 @dataclass(frozen=True)
 class GoldenCase:
     """One conversion by MaxText: a tiny checkpoint and every array it became."""
@@ -74,25 +79,31 @@ def golden_cases() -> list[GoldenCase]:
 
 
 def expected_arrays(case: GoldenCase) -> dict[str, np.ndarray[Any, Any]]:
-    """What MaxText wrote, by slash-joined path as saved: `params/params/decoder/decoder_norm/scale`."""
-    known = {_unnumbered(part) for path in tree(case.model, _tree_layout(case)) for part in path.split("/")}
+    """What MaxText wrote, by slash-joined path: `params/params/decoder/decoder_norm/scale`. Of `MOVED`, `placed`."""
+    known = {_unnumbered(part) for path in trees()[case.model][_tree_layout(case)] for part in path.split("/")}
     arrays = {}
     for name, array in read_safetensors(case.expected).items():
         parts = ["params", *name.split("-")]
         # A dash inside a part would have torn it: the pieces would not be parts of the model's own tree.
         strangers = [part for part in parts if _unnumbered(part) not in known]
         assert not strangers, f"{case.id}: {name} has parts unknown to the tree of {case.model}: {strangers}"
-        arrays["/".join(parts)] = array
+        arrays[placed("/".join(parts))] = array
     return arrays
 
 
 def tree(model: str, layout: str) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """The full-size tree MaxText expects: path as saved -> (shape, logical axes).
+    """The full-size tree MaxText expects: path -> (shape, logical axes). Arrays of `MOVED` are `placed`.
 
     `layout` is scan, unscan, scan.mm or unscan.mm. MaxText names no axes for some arrays and only the leading
     ones for others: the axes may be fewer than the dimensions.
     """
-    return {path: (tuple(shape), tuple(axes or ())) for path, (shape, axes) in trees()[model][layout].items()}
+    return {placed(path): (tuple(shape), tuple(axes or ())) for path, (shape, axes) in trees()[model][layout].items()}
+
+
+def placed(path: str) -> str:
+    """Where ckptc puts an array of MaxText's: at the same path, but within `params` where its collection is `MOVED`."""
+    first, collection, rest = path.split("/", 2)
+    return f"{first}/params/{rest}" if collection in MOVED else path
 
 
 @functools.cache

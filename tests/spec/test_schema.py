@@ -86,7 +86,14 @@ def test_the_shipped_target_is_valid_and_names_its_schema() -> None:
     ],
 )
 def test_a_target_is_checked_as_mappings_are(text: str, message: str) -> None:
-    whole = {"target": "t", "arrays": "{}", "stacks": "{}", "mesh_axes": "[m]", "logical_axis_rules": "[]"}
+    whole = {
+        "target": "t",
+        "arrays": "{}",
+        "stacks": "{}",
+        "places": "[p]",
+        "mesh_axes": "[m]",
+        "logical_axis_rules": "[]",
+    }
     rest = "\n".join(f"{k}: {v}" for k, v in whole.items() if not text.startswith(f"{k}:"))
     with pytest.raises(InputError) as caught:
         check(parse(f"{rest}\n{text}\n", "t.yaml"), "target")

@@ -25,6 +25,7 @@ from ckptc.compile.reading import SCALES, ExportOptions, Reading, read
 from ckptc.compile.rounding import exactness, invert_math, worst
 from ckptc.compile.units import schedule
 from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.ir.graph import Graph
 from ckptc.ir.saved import Original, Saved, SavedArray
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
@@ -75,8 +76,9 @@ class _Export:
     ) -> None:
         self.mapping, self.model, self.options = mapping, model, options
         self.saved, self.original, self.config, self.read = saved, original, config, read
-        self.targets = read.graph.targets
-        self.stored = [read.matched.arrays[t.path] for t in self.targets]
+        pairs = read.matched.pairs(read.graph)
+        self.targets = tuple(target for target, _ in pairs)
+        self.stored = [array for _, array in pairs]
         self.alike = [Stored(a.shape, a.dtype, a.chunk) for a in self.stored]
         self.cut: dict[str, tuple[int, int]] = {}
         self.problems: list[Diagnostic] = []
@@ -86,7 +88,8 @@ class _Export:
         self.known: dict[object, tuple[int, tuple[tuple[int, int, int], ...]]] = {}  # kind and places, by pieces
 
     def records(self) -> plan.Plan:
-        tensors, constants = invert(self.read.graph, fold(self.read.graph))
+        graph = Graph(self.targets, self.read.graph.ignored)
+        tensors, constants = invert(graph, fold(graph))
         for name in (n for n in tensors if f"{n}{SCALES}" in tensors):
             if self.stored[tensors[name].pieces[0].template.target].dtype.startswith(EIGHT_BITS):
                 self.codes |= {name, f"{name}{SCALES}"}
@@ -100,8 +103,8 @@ class _Export:
         kinds = tuple(self.kinds)
         ordered, files = lay_out(exported, kinds, self.options.max_shard)
         done = schedule(kinds, ordered, self.options.memory)
-        compared = schedule(kinds, twins, self.options.memory)
-        made = tuple(dict.fromkeys((*done.kinds, *compared.kinds)))
+        compared = [schedule(kinds, [twin], self.options.memory) for twin in twins]  # a run compares one at a time
+        made = tuple(dict.fromkeys((*done.kinds, *(kind for c in compared for kind in c.kinds))))
         padding = tuple(self._padding(c) for c in constants)
         rows = tuple(plan.Tensor(a.name, 0, 0, a.nbytes) for a in self.stored)
         counts = Counter(made[t.kind] for t in done.tensors)
@@ -117,9 +120,9 @@ class _Export:
                 arrays=len(ordered),
                 tensors=len(rows),
                 parameters=sum(k.size * n for k, n in counts.items()),
-                read_bytes=done.read_bytes + compared.read_bytes + sum(map(padding_bytes, padding)),
+                read_bytes=done.read_bytes + sum(c.read_bytes for c in compared) + sum(map(padding_bytes, padding)),
                 write_bytes=sum(k.nbytes * n for k, n in counts.items()),
-                peak_memory_bytes=max(done.peak, compared.peak),
+                peak_memory_bytes=max(done.peak, *(c.peak for c in compared), 0),
             ),
             outputs=Outputs(
                 kinds=made,
@@ -132,7 +135,7 @@ class _Export:
                     for f in (self.original.companions if self.original else ())
                 ),
                 padding=padding,
-                twins=tuple(t._replace(kind=made.index(compared.kinds[t.kind])) for t in compared.tensors),
+                twins=tuple(t._replace(kind=made.index(c.kinds[t.kind])) for c in compared for t in c.tensors),
                 notes=tuple(notes),
             ),
         )

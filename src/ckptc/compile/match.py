@@ -3,7 +3,8 @@
 A rule's array is `params/params/decoder/layers/mlp/wo/kernel`. Training may have saved it there; without the first
 `params`; as an NNX tree, `model/decoder/layers/mlp/wo/kernel/value`; and a list of layers by positions, `layers/3/…`
 for `layers_3/…`. What stands before the path within its collection is called the root here; all arrays of a collection
-have one root.
+have one root. Where two roots that the target knows have the same array, that of the first is taken, and the other is
+held against it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptc.diagnostics import Diagnostic, nearest
 from ckptc.ir.graph import Graph, Target
@@ -34,10 +35,19 @@ class Matched:
     missing: list[Target]
     others: list[SavedArray]  # that no rule makes
     passed: list[SavedArray]  # that are no parameters: counters, states of random numbers
+    twins: list[tuple[Target, SavedArray]]  # arrays of other roots that hold a target again
+
+    def pairs(self, graph: Graph) -> list[tuple[Target, SavedArray]]:
+        """Every target with its array, and after it, under its array's name, each twin."""
+        again: defaultdict[Path, list[tuple[Target, SavedArray]]] = defaultdict(list)
+        for target, array in self.twins:
+            again[target.path].append((replace(target, path=array.path, rule=array.name), array))
+        found = ((t, self.arrays[t.path]) for t in graph.targets if t.path in self.arrays)
+        return [pair for target, array in found for pair in ((target, array), *again[target.path])]
 
 
-def match(graph: Graph, saved: Sequence[SavedArray]) -> Matched:
-    """The targets' arrays, by names alone."""
+def match(graph: Graph, saved: Sequence[SavedArray], places: Sequence[Path] = ()) -> Matched:
+    """The targets' arrays, by names alone. `places` are roots, of which the first that has an array counts."""
     wanted: defaultdict[Path, list[Target]] = defaultdict(list)
     for target in graph.targets:
         wanted[target.path[2:]].append(target)
@@ -54,17 +64,28 @@ def match(graph: Graph, saved: Sequence[SavedArray]) -> Matched:
         own = [t for t in candidates if root[-1:] == (t.path[1],)] or candidates[:1]
         found[own[0].path][root] = array
         roots[root] += 1
-    arrays, missing = {}, []
+    arrays, missing, twins = dict[Path, SavedArray](), list[Target](), list[tuple[Target, SavedArray]]()
+    ranks = {place: -rank for rank, place in enumerate(places)}
     for target in graph.targets:
         by_root = found.get(target.path)
         if not by_root:
             missing.append(target)
             continue
-        best = max(by_root, key=lambda root: (root[:1] in (("params",), ("model",)), roots[root], root))
+        best = max(
+            by_root,
+            key=lambda root: (
+                root in ranks,
+                ranks.get(root, 0),
+                root[:1] in (("params",), ("model",)),
+                roots[root],
+                root,
+            ),
+        )
         arrays[target.path] = by_root.pop(best)
-        rest += by_root.values()
+        twins += ((target, array) for root, array in by_root.items() if root in ranks)
+        rest += (array for root, array in by_root.items() if root not in ranks)
     passed = [a for a in rest if any(RANDOM.fullmatch(part) for part in a.path)]
-    return Matched(arrays, missing, [a for a in rest if a not in passed], passed)
+    return Matched(arrays, missing, [a for a in rest if a not in passed], passed, twins)
 
 
 def normal(path: Path) -> Path:
@@ -123,9 +144,8 @@ def _missing(matched: Matched) -> list[Diagnostic]:
 
 def _mismatches(graph: Graph, matched: Matched) -> list[Diagnostic]:
     by_rule: defaultdict[str, list[tuple[Target, SavedArray]]] = defaultdict(list)
-    for target in graph.targets:
-        array = matched.arrays.get(target.path)
-        if array is not None and array.shape != target.type.shape:
+    for target, array in matched.pairs(graph):
+        if array.shape != target.type.shape:
             by_rule[target.rule].append((target, array))
     out = []
     for rule, wrong in by_rule.items():

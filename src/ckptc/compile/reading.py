@@ -20,6 +20,7 @@ from ckptc.diagnostics import InputError, fail
 from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.saved import Original, Saved, SavedArray
 from ckptc.spec.mapping import LAYOUTS, Family, Model, Value
+from ckptc.spec.target import target_tree
 
 GB = 10**9
 SCALES = "_scale_inv"  # what a tensor of scales is called, after the tensor of codes
@@ -95,6 +96,7 @@ def _read_as(
     given = dict(options.set)
     dtypes = original.dtypes if original else None
     stored = most(saved.arrays)
+    places = target_tree(mapping.target).places
     choices = Options(layout=layout, dtype=stored, multimodal=options.multimodal)
     read: Reading | None = None
     while True:
@@ -106,7 +108,7 @@ def _read_as(
             if _unfit(graph):  # another naming may have the tensors as plain numbers
                 plain = ((n, g) for n, g in all_namings(mapping, choices, dims, names, dtypes) if not _unfit(g))
                 naming, graph = next(plain, (naming, graph))
-            read = Reading(layout, naming, dims, graph, match(graph, saved.arrays))
+            read = Reading(layout, naming, dims, graph, match(graph, saved.arrays, places))
         except InputError:
             if read is None:
                 raise

@@ -71,6 +71,7 @@ class TargetTree:
     name: str
     arrays: tuple[tuple[Pattern, tuple[Axes, ...]], ...]  # forms of different rank, without axes of stacks
     stacks: tuple[Stack, ...]
+    places: tuple[tuple[str, ...], ...]  # beginnings of paths where a saved state may hold an array; the first counts
     mesh_axes: tuple[str, ...]
     rules: Rules
 
@@ -112,6 +113,7 @@ def target_tree(name: str) -> TargetTree:
         data["target"],
         tuple(sorted(arrays, key=lambda a: a[0].rank, reverse=True)),
         tuple(sorted(stacks, key=lambda s: s.under.rank, reverse=True)),
+        tuple(tuple(text.split("/")) for text in data["places"]),
         tuple(data["mesh_axes"]),
         typed_rules(data["logical_axis_rules"]),
     )
