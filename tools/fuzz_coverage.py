@@ -32,7 +32,8 @@ with atheris.instrument_imports(include=["ckptc", "ruamel"]):
     from ckptc.spec.document import parse
     from ckptc.spec.expressions import ExpressionError, evaluate, render
     from ckptc.spec.mapping import find_model, load_mapping
-    from ckptc.storage.formats.safetensors import parse_header, strict_json
+    from ckptc.storage.formats.json_stream import blocks_of, strict_json
+    from ckptc.storage.formats.safetensors import parse_header
 
 
 def headers(data: bytes) -> None:
@@ -40,7 +41,7 @@ def headers(data: bytes) -> None:
 
 
 def indexes(data: bytes) -> None:
-    strict_json(data, "index.json", "index", "index.json")
+    strict_json(blocks_of(data), "index.json", "index", "index.json")
 
 
 def expressions(data: bytes) -> None:

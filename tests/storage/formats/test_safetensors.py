@@ -22,10 +22,10 @@ from ckptc.storage.formats.safetensors import (
     MAX_HEADER,
     MAX_REPORTED,
     SUB_BYTE,
-    header_digest,
     parse_header,
     read_header,
 )
+from ckptc.storage.source.files import header_digest
 
 # Refusals of files that the reference library reads: see the module's docstring.
 STRICTER = {"header-duplicate-key", "header-entry", "header-metadata", "unsupported-dtype"}

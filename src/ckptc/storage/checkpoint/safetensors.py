@@ -18,16 +18,20 @@ import os
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.source import Checkpoint, SourceTensor
-from ckptc.storage.formats.safetensors import Header, listed, parse_header, strict_json
+from ckptc.storage.formats.json_stream import MAX_MEMBERS, JsonReader, refuse_lfs_pointer, strict_json
+from ckptc.storage.formats.safetensors import Header, finish_header
 from ckptc.storage.source.files import (
+    BLOCK,
     HEADER_THREADS,
+    listed,
     open_regular,
     pread,
     problem,
@@ -41,9 +45,17 @@ from ckptc.storage.source.files import (
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 LONE = "model.safetensors"
-MAX_JSON = 200_000_000  # bytes of an index or a config; the largest published indexes are a few megabytes
+# The largest published checkpoints have some 90,000 tensors in 200 files, an index of 10 MB, a config of 1 MB.
+MAX_INDEX = 100_000_000  # bytes
+MAX_CONFIG = 10_000_000  # bytes
+MAX_HEADERS = 200_000_000  # bytes, of all files
+MAX_FILES = 20_000
+AHEAD = 256  # files whose first 64 KiB are held
+SHOWN = 8  # names that a message lists
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what `torch.save` is usually pointed at
-_SHARD = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.DOTALL)
+_SHARD = re.compile(r"(.*)-([0-9]{1,6})-of-([0-9]{1,6})\.safetensors", re.DOTALL)
+_USUAL = re.compile(r'[ \n]*"([^"\\\x00-\x1f]*)": ?"([^"\\\x00-\x1f]*)",')  # an entry of an index
+_Read = TypeVar("_Read")
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -101,52 +113,81 @@ def _tensors(names: Sequence[str]) -> str:
 # -- JSON files ----------------------------------------------------------------------------------------------
 
 
-def _read_json(directory: Path, name: str, kind: str) -> dict[str, Any] | None:
-    """The object in a JSON file, None when there is no file. Raises `missing-file` for a dangling link."""
-    path = directory / name
-    if not os.path.lexists(path):
-        return None
+def _json_blocks(path: Path, name: str, kind: str, most: int) -> Iterator[bytes]:
+    """The blocks of a JSON file of at most `most` bytes."""
     try:
         descriptor, size = open_regular(path, name)
     except InputError as error:
         raise InputError([_as_missing_file(one, []) for one in error.diagnostics]) from None
     try:
-        if size > MAX_JSON:
+        if size > most:
             message = f"{shown(name)} is too large to be what its name says"
             help = "copy it again from where the checkpoint was published"
-            raise refuse(f"{kind}-json", message, f"at most {MAX_JSON} bytes", f"{size} bytes", help)
-        data = pread(descriptor, size, 0)
+            raise refuse(f"{kind}-json", message, f"at most {most} bytes", f"{size} bytes", help)
+        at = 0
+        while block := pread(descriptor, min(BLOCK, size - at), at):
+            if at == 0:
+                refuse_lfs_pointer(name, block)
+            yield block
+            at += len(block)
     except OSError as error:
         raise unreadable(name, error) from None
     finally:
         os.close(descriptor)
-    return strict_json(data, name, kind, span_file=str(path))
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """The object in config.json, None when there is no such file."""
-    return _read_json(directory, CONFIG, "config")
+    """The object in config.json, None when there is no such file. Raises `missing-file` for a dangling link."""
+    path = directory / CONFIG
+    if not os.path.lexists(path):
+        return None
+    return strict_json(_json_blocks(path, CONFIG, "config", MAX_CONFIG), CONFIG, "config", str(path))
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
     """The index's `weight_map`, tensor name to file name; None when there is no index.
 
-    Raises `index-invalid` for any other shape. The file names are judged when they are opened.
+    Raises `index-invalid` for any other shape, and `missing-file` for a dangling link. The file names are judged when
+    they are opened.
     """
-    index = _read_json(directory, INDEX, "index")
-    if index is None:
+    path = directory / INDEX
+    if not os.path.lexists(path):
         return None
-    weight_map = index.get("weight_map")
-    if type(weight_map) is not dict or not weight_map or not all(type(v) is str for v in weight_map.values()):
-        if type(weight_map) is dict and weight_map:
-            wrong = next(key for key, value in weight_map.items() if type(value) is not str)
-            found = f"{shown(wrong)}: {reprlib.repr(weight_map[wrong])}"
-        else:
-            found = reprlib.repr(weight_map)
+    reader = JsonReader(_json_blocks(path, INDEX, "index", MAX_INDEX), INDEX, "index", str(path))
+    reader.object()
+    weight_map: dict[str, str] = {}
+    files: dict[str, str] = {}  # each name once, however many tensors are in the file
+    found: str | None = "None"  # in place of a map of text to text
+    for key in reader.members():
+        if key != "weight_map":
+            reader.value()
+            continue
+        if not reader.opens():
+            found = reprlib.repr(reader.value())
+            continue
+        weight_map, wrong = {}, None
+        for tensor, usual in reader.entries(_USUAL):
+            name = usual[0] if usual else reader.value()
+            if type(name) is str:
+                weight_map[tensor] = files.setdefault(name, name)
+            elif wrong is None:
+                wrong = f"{shown(tensor)}: {reprlib.repr(name)}"
+        found = wrong or (None if weight_map else "{}")
+    reader.end()
+    if found is not None:
         message = f"{shown(INDEX)} does not say which file holds each tensor"
         expected = "`weight_map`, an object that gives each tensor's name the name of a file"
         help = "copy the index again from where the checkpoint was published"
         raise refuse("index-invalid", message, expected, found, help)
+    if len(files) > MAX_FILES:
+        help = "check what the file is, and where it comes from"
+        raise refuse(
+            "index-invalid",
+            f"{shown(INDEX)} names more files than any checkpoint has",
+            f"at most {MAX_FILES} files",
+            f"{len(files)} files",
+            help,
+        )
     return weight_map
 
 
@@ -195,10 +236,12 @@ def _incomplete_series(names: Sequence[str]) -> list[Diagnostic]:
     problems = []
     for (stem, total, width), present in series.items():
         first = 0 if 0 in present else 1
-        absent = [number for number in range(first, int(total) + first) if number not in present]
-        if absent:
+        numbers = range(first, int(total) + first)
+        count = len(numbers) - sum(number in numbers for number in present)
+        if count:
+            absent = islice((number for number in numbers if number not in present), SHOWN)
             absent_names = [f"{stem}-{number:0{width}}-of-{total}.safetensors" for number in absent]
-            message = f"{len(absent)} of {int(total)} numbered files do not exist: {listed(absent_names)}"
+            message = f"{count} of {int(total)} numbered files do not exist: {listed(absent_names, SHOWN, count)}"
             found = f"{len(present)} of them, and no {shown(INDEX)}"
             help = "download the missing files, and the index"
             problems.append(problem("missing-file", message, f"{int(total)} files", found, help))
@@ -220,17 +263,34 @@ def _read_headers(
             return error
 
     headers: dict[int, Header] = {}
-    with ThreadPoolExecutor(HEADER_THREADS) as threads:
-        for file, read in enumerate(threads.map(start, names)):
-            if isinstance(read, InputError):
-                held = assigned.get(names[file], [])
-                problems += [_as_missing_file(one, held) for one in read.diagnostics]
-                continue
-            try:
-                headers[file] = parse_header(names[file], *read, file)
-            except InputError as error:
-                problems += error.diagnostics
+    tensors = size = 0
+    for file, (name, read) in enumerate(_ahead(start, names)):
+        if isinstance(read, InputError):
+            held = assigned.get(name, [])
+            problems += [_as_missing_file(one, held) for one in read.diagnostics]
+            continue
+        length = int.from_bytes(read[1][:8], "little")
+        size += length if length <= read[0] else 0  # else it is refused for that
+        try:
+            headers[file] = finish_header(resolve(directory, name), name, *read, file)
+            tensors += len(headers[file].tensors)
+        except InputError as error:
+            problems += error.diagnostics
+        if tensors > MAX_MEMBERS or size > MAX_HEADERS:
+            found = f"{tensors} tensors, in {size} bytes of headers, in the first {file + 1} of {len(names)} files"
+            help = "check what the files are, and where they come from"
+            message = f"{shown(name)} and the files before it hold more than any checkpoint does"
+            expected = f"at most {MAX_MEMBERS} tensors, in at most {MAX_HEADERS} bytes of headers"
+            raise InputError([*problems, problem("header-too-large", message, expected, found, help)])
     return headers
+
+
+def _ahead(read: Callable[[str], _Read], names: Sequence[str]) -> Iterator[tuple[str, _Read]]:
+    """Each name with what `read` gives, in order. A few are read at once, and no more than some hundred are held."""
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        for begin in range(0, len(names), AHEAD):
+            some = names[begin : begin + AHEAD]
+            yield from zip(some, threads.map(read, some), strict=True)
 
 
 def _as_missing_file(found: Diagnostic, held: Sequence[str]) -> Diagnostic:

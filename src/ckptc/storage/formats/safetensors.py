@@ -18,20 +18,30 @@ one `InputError`; a malformed file never raises anything else.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 import reprlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean, fail
+from ckptc.diagnostics import Diagnostic, InputError, did_you_mean
 from ckptc.ir.source import SourceFile, SourceTensor
-from ckptc.storage.source.files import MAX_HEADER, header_digest, is_text, problem, read_start, refuse, shown
+from ckptc.storage.formats.json_stream import MAX_VALUE, Groups, JsonReader, blocks_of, refuse_lfs_pointer
+from ckptc.storage.source.files import (
+    MAX_HEADER,
+    header_blocks,
+    is_text,
+    listed,
+    problem,
+    read_start,
+    refuse,
+    shown,
+)
 
 MAX_REPORTED = 20  # problems spelled out per file; the rest are counted
+MAX_COUNTED = 10_000  # problems per file after which no more are looked for
 
 # The format's names (`Dtype` of the reference implementation, 0.8) -> canonical name, bytes per element.
 DTYPES: Mapping[str, tuple[str, int]] = {
@@ -61,9 +71,12 @@ SUB_BYTE: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _SAVE_AGAIN = "the file was not written by safetensors; save it again with a released version"
 _INCOMPLETE = "the download is incomplete; download the file again"
 _LIMIT = 1 << 63  # of sizes and offsets: what the operating system can address
+# An entry as all known writers spell it. Others are decoded like any JSON.
+_USUAL = re.compile(
+    r' ?"(?!__metadata__")([^"\\\x00-\x1f]*)": ?\{"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:N(?:, ?N){0,7})?)\], ?'
+    r'"data_offsets": ?\[(N), ?(N)\]\},'.replace("N", "(?:0|[1-9][0-9]{0,18})")
+)
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
-_LFS_MAGIC = b"version https://git-lfs"
-_CONSTANT = re.compile(r'"(?:[^"\\]++|\\.)*+"|(NaN|-?Infinity)')  # strings first: one may say NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,110 +88,18 @@ class Header:
     metadata: Mapping[str, str]  # `__metadata__`, empty when absent
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message: the first few, then how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
-
-
 def read_header(path: Path, name: str | None = None, file: int = 0) -> Header:
     """Read and parse the header of the file at `path`; `name` is what records and messages call it.
 
     Raises as `read_start` (no such file, not readable) and as `parse_header`.
     """
     name = path.name if name is None else name
-    size, head = read_start(path, name)
-    return parse_header(name, size, head, file)
+    return finish_header(path, name, *read_start(path, name), file)
 
 
-# -- JSON ----------------------------------------------------------------------------------------------------
-
-
-def refuse_lfs_pointer(name: str, data: bytes) -> None:
-    """Raise `lfs-pointer` when `data` is what git leaves in place of a large file it did not download.
-
-    Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md, lines `version`, `oid`, `size`.
-    """
-    if not data.startswith(_LFS_MAGIC):
-        return
-    stated = re.search(rb"^size (\d{1,20})$", data[:1024], re.MULTILINE)
-    raise refuse(
-        "lfs-pointer",
-        f"{shown(name)} is a Git LFS pointer, not the file itself",
-        f"{stated[1].decode()} bytes" if stated else "the file's content",
-        "the short text that stands for it until it is downloaded",
-        "fetch the content with `git lfs pull`, or download the checkpoint with `hf download`",
-    )
-
-
-def strict_json(data: bytes, name: str, kind: str, span_file: str | None = None) -> dict[str, Any]:
-    """The JSON object in `data`, with nothing left to interpretation.
-
-    `kind` ("header", "index", "config") begins the codes of what is raised: `<kind>-json` for anything RFC
-    8259 does not allow (NaN, Infinity, bytes that are not UTF-8) or that does not fit (nesting, numbers),
-    `<kind>-duplicate-key`, `<kind>-not-object`. With `span_file` diagnostics carry the place in that text
-    file.
-    """
-    text = ""
-    duplicates: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            duplicates.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return made
-
-    def invalid(reason: str, at: int | None = None) -> InputError:
-        span, notes = None, ["expected: JSON as RFC 8259 defines it", f"found: {reason}"]
-        if at is not None and span_file is not None:
-            line_start = text.rfind("\n", 0, at) + 1
-            span = Span(span_file, text.count("\n", 0, at) + 1, at - line_start + 1)
-        elif at is not None:
-            notes[1] += f" at character {at}: {text[max(0, at - 20) : at + 20]!r}"
-        what = "the header of " if kind == "header" else ""
-        help = "correct the file, or download it again from where the checkpoint was published"
-        message = f"{what}{shown(name)} is not valid JSON"
-        return fail(f"{kind}-json", message, span=span, notes=notes, help=help)
-
-    def constant(word: str) -> NoReturn:
-        at = next((m.start(1) for m in _CONSTANT.finditer(text) if m[1]), None)
-        raise invalid(f"{word}, which is not a JSON number", at)
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if number in (float("inf"), float("-inf")):
-            raise invalid(f"the number {digits[:40]}, too large for a float")
-        return number
-
-    refuse_lfs_pointer(name, data)
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
-    except UnicodeDecodeError as error:
-        raise invalid(f"byte 0x{data[error.start]:02x} at offset {error.start}, which is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise invalid(error.msg[:1].lower() + error.msg[1:], error.pos) from None
-    except RecursionError:
-        raise invalid("lists or objects nested too deeply to be read") from None
-    except ValueError:  # Python bounds the digits of an integer
-        raise invalid("an integer of thousands of digits") from None
-    if duplicates:
-        raise refuse(
-            f"{kind}-duplicate-key",
-            f"{shown(name)} gives the same key twice in one JSON object",
-            "each key once",
-            f"{listed(duplicates)} more than once",
-            "keep one of them; which one is meant cannot be known from the file",
-        )
-    if type(value) is not dict:
-        raise refuse(
-            f"{kind}-not-object",
-            f"{shown(name)} holds JSON that is not an object",
-            "an object, {…}",
-            reprlib.repr(value),
-            "replace it with the file the checkpoint was published with",
-        )
-    return value
+def finish_header(path: Path, name: str, size: int, head: bytes, file: int) -> Header:
+    """As `read_header`, where `read_start` has been called already: with what it gave."""
+    return _parse(name, size, header_end(name, size, head), header_blocks(path, name, head), file)
 
 
 # -- the header ----------------------------------------------------------------------------------------------
@@ -225,29 +146,116 @@ def parse_header(name: str, size: int, head: bytes, file: int = 0) -> Header:
     `MAX_REPORTED` in full.
     """
     start = header_end(name, size, head)
-    if len(head) < start:  # the file shrank while it was read
-        header_end(name, len(head), head)
-    document = strict_json(head[8:start], name, "header")
-    problems: list[Diagnostic] = []
-    metadata = document.pop("__metadata__", {})
-    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        message = f"`__metadata__` of {shown(name)} is not a map of text to text"
-        found = reprlib.repr(metadata)
-        problems.append(problem("header-metadata", message, "an object of strings", found, _SAVE_AGAIN))
-        metadata = {}
+    return _parse(name, size, start, blocks_of(head[:start]), file)
+
+
+def _parse(name: str, size: int, start: int, blocks: Iterable[bytes], file: int) -> Header:
+    """As `parse_header`; `blocks` are the `start` bytes of length field and header, and read once."""
+    digest, problems = hashlib.sha256(), _Problems(name)
+    reader = JsonReader(_json(name, start, blocks, digest), name, "header")
+    reader.object()
+    metadata: dict[str, str] = {}
     tensors: list[SourceTensor] = []
-    for key, entry in document.items():
-        made = _tensor(name, key, entry, start, file)
+    for key, usual in reader.entries(_USUAL):
+        if key == "__metadata__":
+            metadata = _metadata(name, reader, problems)
+            continue
+        made: SourceTensor | Diagnostic | None = _usual(key, usual, start, file) if usual else None
+        if made is None:
+            made = _tensor(name, key, _entry(usual) if usual else reader.value(), start, file)
         if isinstance(made, SourceTensor):
             tensors.append(made)
         else:
-            problems.append(made)
+            problems.add(made)
+    reader.end()
     tensors.sort(key=lambda t: (t.begin, t.end, t.name))
-    if len(tensors) == len(document):  # else the holes are those of the tensors refused above
-        problems += _layout_problems(name, size, start, tensors)
-    if problems:
-        raise InputError(_bounded(name, problems))
-    return Header(SourceFile(name, size, header_digest(head[:start])), tuple(tensors), metadata)
+    if not problems.tensors:  # else the holes are those of the tensors refused above
+        for found in _layout_problems(name, size, start, tensors):
+            problems.add(found)
+    problems.refuse()
+    return Header(SourceFile(name, size, "sha256:" + digest.hexdigest()), tuple(tensors), metadata)
+
+
+def _json(name: str, start: int, blocks: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
+    """The header's JSON, from blocks with the length field before it; all of them are digested."""
+    done = 0
+    for block in blocks:
+        digest.update(block)
+        yield block[8:] if done == 0 else block
+        done += len(block)
+    if done < start:  # the file shrank while it was read
+        header_end(name, done, start.to_bytes(8, "little") if done >= 8 else b"")
+
+
+def _metadata(name: str, reader: JsonReader, problems: _Problems) -> dict[str, str]:
+    """`__metadata__`, which is read here; empty where it is not a map of text to text."""
+    found: Any = {}
+    if reader.opens():
+        length = 0
+        for key in reader.members():
+            found[key] = reader.value()
+            length += len(key) + len(found[key]) if type(found[key]) is str else 0
+            if length > MAX_VALUE:
+                raise reader.too_large(f"at most {MAX_VALUE} characters of `__metadata__`", "more")
+    else:
+        found = reader.value()
+    if type(found) is not dict or not all(type(value) is str for value in found.values()):
+        message = f"`__metadata__` of {shown(name)} is not a map of text to text"
+        expected = "an object of strings"
+        problems.add(problem("header-metadata", message, expected, reprlib.repr(found), _SAVE_AGAIN), of_a_tensor=False)
+        return {}
+    return found
+
+
+class _Problems:
+    """What is wrong with a file, the first in full and then a count, so that a damaged file of thousands of tensors stays
+    readable. Of very many, the rest is not looked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._first, self._code = name, list[Diagnostic](), ""
+        self._count = self.tensors = 0
+
+    def add(self, found: Diagnostic, of_a_tensor: bool = True) -> None:
+        self._count += 1
+        self.tensors += of_a_tensor
+        if len(self._first) < MAX_REPORTED:
+            self._first.append(found)
+        else:
+            self._code = self._code or found.code
+            if self._count == MAX_COUNTED:
+                self.refuse(f"over {MAX_COUNTED - MAX_REPORTED}")
+
+    def refuse(self, more: str | None = None) -> None:
+        """Raises when there are any."""
+        if self._code:
+            message = f"{shown(self._name)} has {more or self._count - MAX_REPORTED} more problems like these"
+            self._first.append(Diagnostic(self._code, message, None, (), _SAVE_AGAIN))
+        if self._first:
+            raise InputError(self._first)
+
+
+def _usual(key: str, groups: Groups, start: int, file: int) -> SourceTensor | None:
+    """The record of an entry in its usual spelling; None where something may be wrong with it."""
+    code, extents, begin_text, end_text = groups
+    known = DTYPES.get(code)
+    if known is None:
+        return None
+    dtype, count = known
+    shape = tuple(map(int, extents.split(","))) if extents else ()
+    for extent in shape:
+        count *= extent
+    begin, end = int(begin_text), int(end_text)
+    if count != end - begin or begin > end or end >= _LIMIT:
+        return None
+    return SourceTensor(key, dtype, shape, file, start + begin, start + end)
+
+
+def _entry(groups: Groups) -> dict[str, Any]:
+    """What `json` makes of the text."""
+    dtype, shape, begin, end = groups
+    extents = [int(extent) for extent in shape.split(",")] if shape else []
+    return {"dtype": dtype, "shape": extents, "data_offsets": [int(begin), int(end)]}
 
 
 def _where(key: str, name: str) -> str:
@@ -304,9 +312,8 @@ def _dtype_problem(where: str, dtype: Any) -> Diagnostic:
     return problem("unknown-dtype", f"tensor {where} has an unknown dtype", expected, found, hint or _SAVE_AGAIN)
 
 
-def _layout_problems(name: str, size: int, start: int, tensors: list[SourceTensor]) -> list[Diagnostic]:
+def _layout_problems(name: str, size: int, start: int, tensors: list[SourceTensor]) -> Iterator[Diagnostic]:
     """Overlaps, holes and a wrong end. `tensors` are sorted: each must begin where the one before it ends."""
-    problems = []
     cursor, last = start, None  # the end of the bytes accounted for, and the tensor that ends there
     for tensor in tensors:
         if tensor.begin != cursor:
@@ -316,7 +323,7 @@ def _layout_problems(name: str, size: int, start: int, tensors: list[SourceTenso
             message = f"tensor {shown(tensor.name)} in {shown(name)} {what} {before}"
             expected = f"it begins at byte {cursor}, where {before} ends"
             found = f"it begins at byte {tensor.begin}"
-            problems.append(problem(code, message, expected, found, _SAVE_AGAIN))
+            yield problem(code, message, expected, found, _SAVE_AGAIN)
         if tensor.end >= cursor:
             cursor, last = tensor.end, tensor
     if cursor > size:
@@ -324,19 +331,8 @@ def _layout_problems(name: str, size: int, start: int, tensors: list[SourceTenso
             f"{shown(name)} is truncated: its header declares tensor data through byte {cursor} "
             f"but the file is only {size} bytes"
         )
-        problems.append(problem("source-truncated", message, f"{cursor} bytes", f"{size} bytes", _INCOMPLETE))
+        yield problem("source-truncated", message, f"{cursor} bytes", f"{size} bytes", _INCOMPLETE)
     elif cursor < size:
         message = f"{shown(name)} has {size - cursor} bytes after its last tensor"
         expected = f"{cursor} bytes, where {shown(last.name) if last else 'the header'} ends"
-        problems.append(problem("header-trailing-bytes", message, expected, f"{size} bytes", _SAVE_AGAIN))
-    return problems
-
-
-def _bounded(name: str, problems: list[Diagnostic]) -> list[Diagnostic]:
-    """At most `MAX_REPORTED` problems and a count: a damaged file of thousands of tensors stays readable."""
-    if len(problems) <= MAX_REPORTED:
-        return problems
-    more = len(problems) - MAX_REPORTED
-    last = problems[MAX_REPORTED]
-    message = f"{shown(name)} has {more} more problems like these"
-    return [*problems[:MAX_REPORTED], Diagnostic(last.code, message, None, (), _SAVE_AGAIN)]
+        yield problem("header-trailing-bytes", message, expected, f"{size} bytes", _SAVE_AGAIN)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +22,8 @@ from ckptc.ir.source import SourceFile
 MAX_HEADER = 100_000_000  # bytes of JSON; the limit of the safetensors reference reader
 HEADER_THREADS = 16  # headers read at once: opening files waits, on network disks, rather than works
 RECOMPILE = "put the file back as it was, or compile the plan again from these files"
-_FIRST_READ = 1 << 16  # bytes; most headers fit, so most files need one read
+FIRST_READ = 1 << 16  # bytes; most headers fit, so most files need one read
+BLOCK = 1 << 20  # bytes of a longer header that are held at once
 
 
 def shown(text: str) -> str:
@@ -30,6 +31,13 @@ def shown(text: str) -> str:
     if len(text) > 200:
         text = text[:200] + "…"
     return f"`{text}`" if text.isprintable() else f"`{text.encode('unicode_escape').decode('ascii')}`"
+
+
+def listed(names: Sequence[str], most: int = 8, count: int | None = None) -> str:
+    """Names for a message: the first few, then how many more. `count`: of all, where `names` are but the first."""
+    count = len(names) if count is None else count
+    more = f" and {count - most} more" if count > most else ""
+    return ", ".join(map(shown, names[:most])) + more
 
 
 def problem(code: str, message: str, expected: str, found: str, help: str) -> Diagnostic:
@@ -123,20 +131,37 @@ def unreadable(name: str, error: OSError) -> InputError:
 
 
 def read_start(path: Path, name: str) -> tuple[int, bytes]:
-    """A file's size in bytes; its length field (u64, little-endian) and as many bytes after it as it says.
+    """A file's size in bytes; its length field (u64, little-endian) and the header after it, of which `header_blocks`
+    reads what lies behind the first 64 KiB.
 
-    Nothing is judged here: fewer bytes come back where the file ends early, and only the first 64 KiB when
-    the length is no header's. Raises as `open_regular`.
+    Nothing is judged here: fewer bytes come back where the file ends early. Raises as `open_regular`.
     """
     descriptor, size = open_regular(path, name)
     try:
-        head = pread(descriptor, min(size, _FIRST_READ), 0)
-        length = int.from_bytes(head[:8], "little")
-        if length > MAX_HEADER:
-            return size, head
-        if 8 + length > len(head):
-            head += pread(descriptor, min(size, 8 + length) - len(head), len(head))
-        return size, head[: 8 + length]
+        head = pread(descriptor, min(size, FIRST_READ), 0)
+    except OSError as error:
+        raise unreadable(name, error) from None
+    finally:
+        os.close(descriptor)
+    length = int.from_bytes(head[:8], "little")
+    return size, head if length > MAX_HEADER else head[: 8 + length]
+
+
+def header_blocks(path: Path, name: str, head: bytes) -> Iterator[bytes]:
+    """The length field and the header of a file whose `read_start` is `head`, a block at a time.
+
+    Raises as `open_regular`. Fewer bytes come where the file ends early.
+    """
+    yield head
+    end = 8 + int.from_bytes(head[:8], "little")
+    if len(head) < FIRST_READ or len(head) >= end or end > 8 + MAX_HEADER:
+        return
+    descriptor, _ = open_regular(path, name)
+    try:
+        at = len(head)
+        while at < end and (block := pread(descriptor, min(BLOCK, end - at), at)):
+            yield block
+            at += len(block)
     except OSError as error:
         raise unreadable(name, error) from None
     finally:
@@ -155,7 +180,15 @@ def pread(descriptor: int, count: int, offset: int) -> bytes:
 
 def header_digest(head: bytes) -> str:
     """`SourceFile.header_digest` of a file whose length field and JSON are `head`."""
-    return "sha256:" + hashlib.sha256(head).hexdigest()
+    return digest_of([head])
+
+
+def digest_of(blocks: Iterable[bytes]) -> str:
+    """The digest of bytes that come in blocks."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return "sha256:" + digest.hexdigest()
 
 
 def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
@@ -175,10 +208,11 @@ def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
 
     def compare(file: SourceFile) -> list[Diagnostic]:
         try:
-            size, head = read_start(resolve(directory, file.name), file.name)
+            path = resolve(directory, file.name)
+            size, head = read_start(path, file.name)
+            digest = digest_of(header_blocks(path, file.name, head))
         except InputError as error:
             return list(error.diagnostics)
-        digest = header_digest(head)
         notes = []
         if size != file.size:
             notes += [f"expected: {file.size} bytes", f"found: {size} bytes"]
