@@ -1,4 +1,4 @@
-"""`ckptc export`, `ckptc diff`, and what `compile` and `run` do with plans of exports."""
+"""`ckptc export`, and what `compile` and `run` do with plans of exports."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from ckptc.cli import arguments, render
 from ckptc.cli.progress import show_progress
+from ckptc.diagnostics import fail
 
 if TYPE_CHECKING:
     from ckptc.plan.model import Exactness, Plan
-    from ckptc.run.diff import Comparison, Difference
     from ckptc.run.export import ExportReport
     from ckptc.run.forked_call import Apart
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
 
 MEMORY = 1024 * arguments.MIB  # of an export
-SHOWN = 40  # differences that are printed; --json has all
 
 
 def add_export(commands: Any) -> None:
@@ -32,7 +31,11 @@ def add_export(commands: Any) -> None:
         description="The way back: reads an Orbax checkpoint, converted or trained, and writes what `transformers` "
         "loads. Works from the same mapping; the output appears complete or not at all.",
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a named model; `ckptc models` lists them (default: what a conversion has noted)",
+    )
     parser.add_argument(
         "--source",
         required=True,
@@ -87,8 +90,9 @@ def _original(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-from",
         metavar="DIR",
-        help="the original, or just its config.json and tokenizer: its config decides the dims and is written, its "
-        "tokenizer and generation files are copied, its tensors' names and dtypes are kept",
+        help="the original, or just its config.json and tokenizer, or a checkpoint that was converted from it: its config "
+        "decides the dims and is written, its tokenizer and generation files are copied, its tensors' names and dtypes are "
+        "kept (default: what the checkpoint itself has kept of it)",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -111,27 +115,6 @@ def compilation_too(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(scan=None, dtype=None, memory=None)
 
 
-def add_diff(commands: Any) -> None:
-    """The parser of `diff`."""
-    parser = commands.add_parser(
-        "diff",
-        help="compare two checkpoints",
-        description="Compares trees and values of the parameters of two checkpoints, each safetensors or Orbax. Exit "
-        "code 1 if they differ.",
-    )
-    parser.add_argument("first", metavar="A", help="a checkpoint: safetensors, or an output, a run or a step of Orbax")
-    parser.add_argument("second", metavar="B", help="another")
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="compare the rest of a training state, too: optimizer, counters, random numbers",
-    )
-    parser.add_argument("--json", action="store_true", help="print everything that differs as JSON")
-    parser.add_argument(
-        "--memory", type=arguments.memory, default=256 * arguments.MIB, metavar="SIZE", help="budget for buffers"
-    )
-
-
 def reading(args: argparse.Namespace, chunks: bool) -> Apart:
     """Begins to read what the checkpoint's metadata says, by TensorStore, which has threads: meanwhile, what else is
     needed can be loaded. `chunks`: whether to list where they lie, too, which only a run needs.
@@ -147,27 +130,32 @@ def reading(args: argparse.Namespace, chunks: bool) -> Apart:
     return Apart(read)
 
 
-def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | None]:
-    """The plan of an export, from the options of `export` or of `compile --export` and what `reading` finds; and where
-    what it reads lies, if `reading` was asked for that.
+def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | None, Path | None]:
+    """The plan of an export, from the options of `export` or of `compile --export` and what `reading` finds; where
+    what it reads lies, if `reading` was asked for that; and the directory with the original's files.
     """
     from ckptc.cli.commands import find
     from ckptc.compile.export import compile_export
     from ckptc.compile.reading import ExportOptions
     from ckptc.ir.saved import Saved
     from ckptc.run.export import companions_digest
-    from ckptc.storage.checkpoint.companions import open_original
+    from ckptc.storage.checkpoint.companions import find_original, open_original
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
     from ckptc.storage.source.remembered import remember
 
-    mapping, model = find(args)
+    if args.model:
+        find(args)  # before anything is waited for
     record, chunks, items, said = work.result()
     render.say_step(Path(args.source), said)
     saved, plain = Saved.of(record), None if chunks is None else PlainIndex.of(chunks)
-    original = open_original(Path(args.config_from)) if args.config_from else None
+    noted = saved.converted
+    args.model = args.model or _noted_model(noted.get("model"), args.source)
+    mapping, model = find(args)
+    directory = find_original(Path(args.config_from)) if args.config_from else _kept(Path(items))
+    original = open_original(directory, noted.get("dims")) if directory else None
     options = ExportOptions(
         dtype=args.dtype,
-        multimodal=args.multimodal,
+        multimodal=args.multimodal or (mapping.multimodal and noted.get("multimodal") is True),
         set=dict(args.set),
         layout=None if args.scan is None else "scanned" if args.scan else "unscanned",
         memory=args.memory or MEMORY,
@@ -175,14 +163,31 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | 
     )
     plan = compile_export(mapping, model, options, saved, original)
     remember(plan.made.source or "", Path(items))
-    if plan.outputs and plan.outputs.companions:
-        remember(companions_digest(plan.outputs), Path(args.config_from))
-    return plan, plain
+    if plan.outputs and plan.outputs.companions and directory:
+        remember(companions_digest(plan.outputs), directory)
+    return plan, plain, directory
+
+
+def _noted_model(noted: object, source: str) -> str:
+    """The model that a checkpoint says it is of. Raises `no-model`."""
+    if not isinstance(noted, str):
+        help = "say it with `--model NAME`; `ckptc models` lists them"
+        raise fail("no-model", f"{source} does not say which model it is of", help=help)
+    return noted
+
+
+def _kept(items: Path) -> Path | None:
+    """The original's files that a conversion has kept in its checkpoint, if it has."""
+    from ckptc.storage.checkpoint.companions import KEPT
+    from ckptc.storage.checkpoint.safetensors import CONFIG
+
+    kept = items / KEPT
+    return kept if (kept / CONFIG).is_file() else None
 
 
 def export(args: argparse.Namespace) -> None:
     with reading(args, chunks=not args.dump_plan) as work:  # before anything is loaded
-        plan, plain = compiled(args, work)
+        plan, plain, companions = compiled(args, work)
     from ckptc.cli.commands import write_plan
     from ckptc.plan.json import dumps
 
@@ -194,7 +199,6 @@ def export(args: argparse.Namespace) -> None:
         return
     if not args.json and not args.quiet:
         print(summary(plan) + "\n")
-    companions = Path(args.config_from) if args.config_from else None
     execute(plan, json.loads(text)["digest"], args, Path(args.source), companions, plain)
 
 
@@ -332,51 +336,3 @@ def _rules(plan: Plan) -> list[dict[str, Any]]:
         record["tensors"] += count
         record["write_bytes"] += k.nbytes * count
     return list(out.values())
-
-
-def diff(args: argparse.Namespace) -> int:
-    """Exit code 0 where both are the same, 1 where they differ."""
-    from ckptc.run.diff import compare, open_side
-
-    memory = args.memory
-    first, second = (open_side(Path(given), memory, args.all) for given in (args.first, args.second))
-    render.say_step(Path(args.first), first.said)
-    render.say_step(Path(args.second), second.said)
-    found = compare(first, second, memory)
-    for given, summed in zip((args.first, args.second), found.checksums, strict=True):
-        if summed is not None and summed < found.arrays:
-            which = f"{found.arrays - summed} of {found.arrays} arrays have" if summed else "the checkpoint has"
-            print(f"note: {given}: {which} no checksums to compare", file=sys.stderr)
-    if args.json:
-        # JSON has no infinity: a difference to one, or to what is no number, is null.
-        text = json.dumps(asdict(found)).replace("Infinity", "null")
-        print(text)
-    else:
-        print(differences(found))
-    return 1 if found.differences else 0
-
-
-def differences(found: Comparison) -> str:
-    lines = [_difference(d) for d in found.differences[:SHOWN]]
-    if len(found.differences) > SHOWN:
-        lines.append(f"… and {len(found.differences) - SHOWN} more; --json has all")
-    count = len(found.differences)
-    equal = f"{found.equal} of {found.arrays} arrays that both have are equal bit for bit"
-    ending = f"; {count} difference{'s' if count != 1 else ''}" if count else ""
-    lines.append(f"{equal}, {render.size(found.bytes)} compared{ending}")
-    return "\n".join(lines)
-
-
-def _difference(d: Difference) -> str:
-    match d.kind:
-        case "missing":
-            return f"missing  {d.name}: {d.first}, not in the second"
-        case "extra":
-            return f"extra    {d.name}: {d.second}, not in the first"
-        case "shape":
-            return f"shape    {d.name}: {d.first}, {d.second}"
-    types = f" {d.first}, {d.second}:" if d.kind == "dtype" else ""
-    if not d.elements:
-        return f"{d.kind:<8} {d.name}:{types} the same numbers"
-    most = f"by at most {d.absolute:.3g}, {d.relative:.3g} of the larger"
-    return f"{d.kind:<8} {d.name}:{types} {d.elements} elements differ, {most}"

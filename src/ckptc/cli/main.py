@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments, explain, export, formats
+from ckptc.cli import arguments, diff, explain, export, formats
 from ckptc.diagnostics import InputError, fail
 
 WHERE = "CKPTC_TRACEBACK=1 shows where"
@@ -31,7 +31,7 @@ examples:
   ckptc run plan.json --output OUT                    exactly that, into OUT/0/items
   ckptc convert --model gemma2-2b --source DIR --output OUT
   ckptc verify plan.json --output OUT                 each bit, against the source
-  ckptc export --model gemma2-2b --source OUT --output HF     and back, as safetensors
+  ckptc export --source OUT --output HF               and back, as safetensors
   ckptc diff HF DIR                                   what differs, and by how much
   ckptc explain shape-mismatch                        what an error's code means, and what to do
 
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.together(convert)
 
     export.add_export(commands)
-    export.add_diff(commands)
+    diff.add_diff(commands)
 
     verify = commands.add_parser(
         "verify",
@@ -190,7 +190,7 @@ def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:
         "compile": commands.compile_,
         "run": commands.run,
         "convert": commands.convert,
-        "diff": export.diff,
+        "diff": diff.diff,
         "verify": verify.verify,
         "explain": explain.explain,
     }[command]

@@ -93,7 +93,8 @@ def _read_as(
     original: Original | None,
     config: Mapping[str, Any],
 ) -> Reading:
-    given = dict(options.set)
+    kept = original.dims if original and isinstance(original.dims, Mapping) else {}
+    given = {n: v for n, v in kept.items() if n in mapping.dims and isinstance(v, int | float)} | dict(options.set)
     dtypes = original.dtypes if original else None
     stored = most(saved.arrays)
     places = target_tree(mapping.target).places

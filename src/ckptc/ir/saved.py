@@ -55,6 +55,12 @@ class Saved:
     custom: Mapping[str, Any] = field(default_factory=dict)  # `custom_metadata`, such as MaxText's `scan_layers`
     place: str = ""  # of the items below the directory that was given: `3/items`
 
+    @property
+    def converted(self) -> Mapping[str, Any]:
+        """What a conversion by ckptc has noted: `model`, `family`, `dims`, `multimodal`; nothing of other checkpoints."""
+        noted = self.custom.get("ckptc")
+        return noted if isinstance(noted, dict) else {}
+
     def record(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
@@ -76,3 +82,4 @@ class Original:
     config: Mapping[str, Any]
     dtypes: Mapping[str, str] | None  # of its tensors by name; None where neither headers nor an index are at hand
     companions: tuple[SourceFile, ...]  # tokenizer and generation files; the digest is that of all of the file
+    dims: Mapping[str, Any] = field(default_factory=dict)  # that the checkpoint was converted with, where it says so

@@ -27,7 +27,7 @@ from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
 from ckptc.run.work import Progress, worker_bytes
-from ckptc.storage.checkpoint.companions import identify
+from ckptc.storage.checkpoint.companions import KEPT, identify
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
 from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, list_plain, noted_sums, open_reader
 from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
@@ -76,7 +76,7 @@ def export(
     check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
     if plain is None:
         plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
-    copies = _companions(plan, outputs, companions)
+    copies = _companions(outputs, companions, items)
     specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
     texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
     try:
@@ -226,10 +226,14 @@ def companions_digest(outputs: Outputs) -> str:
     return "companions " + " ".join(f.header for f in outputs.companions)
 
 
-def _companions(plan: Plan, outputs: Outputs, directory: Path | None) -> dict[str, Path]:
-    """The files to copy. Raises `unknown-source`, `missing-directory` or `source-changed`."""
+def _companions(outputs: Outputs, directory: Path | None, items: Path) -> dict[str, Path]:
+    """The files to copy: from `directory`, else from what the checkpoint has kept, else from where this machine last saw
+    them. Raises `unknown-source`, `missing-directory` or `source-changed`.
+    """
     if not outputs.companions:
         return {}
+    if directory is None and all((items / KEPT / f.name).is_file() for f in outputs.companions):
+        directory = items / KEPT
     if directory is None:
         what = f"{outputs.companions[0].name} and other files of the original lie"
         directory = located(companions_digest(outputs), what, "--config-from")

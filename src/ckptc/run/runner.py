@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from ckptc.run.output import LocalOutput, Output, Unfinished
 from ckptc.run.preflight import check_memory, check_sha256, check_source
 from ckptc.run.remote import RemoteOutput
 from ckptc.run.work import Progress, Work, copied
+from ckptc.storage.checkpoint.companions import KEPT, kept, to_keep
 from ckptc.storage.checkpoint.orbax_writer import finish
 from ckptc.storage.checkpoint.steps import require_directory
 from ckptc.storage.formats import checksum
@@ -99,7 +100,8 @@ def run(
             done = _follow(where, peers, work_on)
         else:
             make_links = partial(link, plan, directory, files)
-            done = _lead(plan, digest, where, peers, settings, make_links, work_on, before_commit, wall)
+            beside = partial(kept_files, plan, directory, to_keep(directory))
+            done = _lead(plan, digest, where, peers, settings, make_links, work_on, beside, before_commit, wall)
     except OSError as error:
         raise where.error(error) from None
     return Report(
@@ -123,6 +125,7 @@ def _lead(
     settings: Settings,
     make_links: Callable[[Unfinished], Linked],
     work_on: Callable[[Unfinished], Work],
+    beside: Callable[[], Iterable[tuple[str, bytes]]],
     before_commit: Callable[[Path], None],
     started: int,
 ) -> list[Written]:
@@ -152,6 +155,7 @@ def _lead(
                         mesh=plan.choices.mesh or ONE_DEVICE,
                         linked=linked.chunks,
                         linked_files=list(linked.files),
+                        beside=beside(),
                         check=check,
                     )
 
@@ -206,6 +210,19 @@ def find_source(plan: Plan, source: Path | None) -> Path:
     return located(plan.made.source, "the plan's checkpoint lies", "--source")
 
 
+def kept_files(plan: Plan, directory: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """What an export of the checkpoint will need of its source, by names below `items`."""
+    dtypes: dict[str, list[str]] = {}
+    for source in (s for a in plan.arrays for s in a.sources):
+        dtypes.setdefault(source.dtype, []).extend(plan.tensors[n].name for n in source.tensors)
+        if source.decode:
+            scales = source.decode
+            dtypes.setdefault(scales.dtype, []).extend(plan.tensors[n].name for n in scales.tensors)
+    by_name = {dtype: sorted(set(tensors)) for dtype, tensors in sorted(dtypes.items())}
+    for name, content in kept(directory, names, by_name):
+        yield f"{KEPT}/{name}", content
+
+
 def custom_metadata(plan: Plan, digest: str, sums: dict[int, int], linked: Linked) -> dict[str, Any]:
     """What Orbax keeps with the checkpoint: MaxText's own key, what made it, and each array's checksum; of arrays that
     are linked and were not read, which files hold them."""
@@ -217,7 +234,8 @@ def custom_metadata(plan: Plan, digest: str, sums: dict[int, int], linked: Linke
     return {
         "scan_layers": plan.choices.layout == "scanned",
         "ckptc": {
-            "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family,
+            "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family, "dims": dict(plan.choices.dims),
+            "multimodal": plan.choices.multimodal,
             "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest,
             "checksum": checksum.NAME, "checksums": sealed, **linked.metadata(plan),
         },

@@ -174,6 +174,7 @@ def finish(
     started: int | None = None,
     linked: Sequence[LinkedChunks] = (),
     linked_files: Sequence[str] = (),
+    beside: Iterable[tuple[str, bytes]] = (),
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Join what closed writers left in `place` into a checkpoint. Of a local directory, only its name is missing then;
@@ -182,7 +183,8 @@ def finish(
     `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory or URL that commit markers name.
     `writers`: the numbers of those that have written something, by default of all that are there. `mesh`: see
     `sharding_metadata`. `started`: when the conversion began, nanoseconds since the Unix epoch. `linked`: chunks that no
-    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. `check` is called before
+    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. `beside`: other
+    files to keep, by their names below `items`. `check` is called before
     what is there makes way, and before the markers: it raises when that must not be. May be called again after it failed
     or was interrupted.
 
@@ -237,6 +239,8 @@ def finish(
     }
     for name, text in texts.items():
         place.write(name, text.encode())
+    for name, content in beside:
+        place.write(f"items/{name}", content)
     check()
     for name, text in markers.items():
         place.write(name, text.encode())
