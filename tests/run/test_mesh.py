@@ -133,6 +133,15 @@ def test_without_a_target_the_arrays_lie_as_on_the_mesh(source: Path, plain: Pat
     said(start(WITHOUT_TARGET, 8, meshed, plain, specs))
 
 
+def test_the_last_line_is_the_python_that_restores_it(source: Path, plain: Path, tmp_path: Path, capsys: Any) -> None:
+    specs = specs_for(source, MESH, capsys)
+    convert(source, tmp_path / "it's out", "--mesh", MESH)
+    *_, line = capsys.readouterr().out.splitlines()
+    head, _, call = line.partition(" by: ")
+    assert head == "restored on 8 devices"
+    said(start(f'import orbax.checkpoint\ncheck({call})\nprint("{{}}")', 8, tmp_path, plain, specs))
+
+
 def test_on_a_smaller_machine_a_target_restores_it(plain: Path, meshed: Path) -> None:
     assert said(start(RESTORE, 1, meshed, plain, "{}"))["held"] > MEGABYTES * 9e5
 

@@ -181,6 +181,8 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
     print(json.dumps(record) if args.json else render.report(plan, report))
     if verified and not args.json:
         print(verify.line(verified[0], "source"))
+    if plan.choices.mesh and not report.process and not args.json:
+        print(render.restoring(plan, report.output))
 
 
 def write_plan(path: Path, text: str, force: bool) -> None:

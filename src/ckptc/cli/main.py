@@ -3,6 +3,7 @@
     0  done
     1  the input is at fault: a mapping, a checkpoint, a plan, an output that exists; or `diff` found differences
     2  the command line is at fault, or ckptc is
+  130  interrupted
 
 Commands import what they need when they run: `--help` loads none of it.
 """
@@ -35,7 +36,7 @@ examples:
   ckptc diff HF DIR                                   what differs, and by how much
   ckptc explain shape-mismatch                        what an error's code means, and what to do
 
-exit codes: 0 done; 1 the input is at fault; 2 usage or internal error"""
+exit codes: 0 done; 1 the input is at fault, or diff found differences; 2 usage or internal error; 130 interrupted"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
 from collections import Counter
@@ -352,3 +353,10 @@ def report(plan: Plan, report: Report) -> str:
         f"{by}in {report.seconds:.1f} s ({size(rate)}/s), {size(report.read_bytes)} read{linked}, "
         f"peak memory {size(report.peak_resident_bytes)}"
     )
+
+
+def restoring(plan: Plan, step: str) -> str:
+    """The Python that restores a checkpoint as it is sharded."""
+    devices = prod(n for _, n in plan.choices.mesh)
+    items = f"{step if '://' in step else os.path.abspath(step)}/items"
+    return f"restored on {devices} devices by: orbax.checkpoint.StandardCheckpointer().restore({items!r})"
