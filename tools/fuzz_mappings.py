@@ -110,7 +110,7 @@ def make(rng: random.Random) -> Case:
         if rng.random() < 0.1:
             case.argv += [
                 "--set",
-                f"{rng.choice(list(json.loads(_data(family))['dims']))}={rng.choice(EXPRESSIONS[1:])[:200]}",
+                f"{rng.choice(list(json.loads(_data(family)).get('dims', {'embed': 1})))}={rng.choice(EXPRESSIONS[1:])[:200]}",
             ]
             case.lies.append(str(case.argv[-1])[:60])
     return case
