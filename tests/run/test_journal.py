@@ -132,7 +132,7 @@ def test_restart_throws_away_what_there_is(output: Path, plan: str) -> None:
     killed(output)
     unfinished = enter(output, plan, restart=True)
     assert (unfinished.done, unfinished.writers) == (set(), {})
-    assert [p.name for p in unfinished.directory.iterdir()] == ["plan"]
+    assert sorted(p.name for p in unfinished.directory.iterdir()) == ["plan", "source"]
     unfinished.release()
     assert enter(output, plan).done == set()
 
@@ -274,7 +274,7 @@ def test_leavings_that_no_journal_speaks_of_are_deleted(output: Path) -> None:
     (directory / "journal.1.new").touch()
     (directory / "plan.new").mkdir()
     assert enter(output).done == {0, 1}
-    assert sorted(p.name for p in directory.iterdir()) == ["checkpoint", "journal.0", "plan"]
+    assert sorted(p.name for p in directory.iterdir()) == ["checkpoint", "journal.0", "plan", "source"]
     assert [p.name for p in items.iterdir()] == ["ocdbt.process_0"]
 
 

@@ -20,6 +20,7 @@ from ckptc.plan.model import Plan
 from ckptc.run import runner, work
 from ckptc.run.preflight import check_memory, check_room, check_sha256, check_source, hub_sha256, read_sums
 from ckptc.run.runner import Settings
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from golden import compile_case, known_cases
 
 CASE = next(case for case in known_cases() if case.id == "qwen3.scan")
@@ -179,8 +180,11 @@ def test_a_flipped_bit_of_the_source_is_found_with_a_file_of_sums(source: Path, 
     content = bytearray(weights(source).read_bytes())
     content[-1] ^= 4
     weights(source).write_bytes(content)
-    run(PLAN, source, tmp_path / "unnoticed")  # size and header are the same
-    found = refused(lambda: run(PLAN, source, tmp_path / "out", settings))
+    assert refused(lambda: run(PLAN, source, tmp_path / "out", settings)).code == "source-changed"
+    damaged = zip(PLAN.files, open_checkpoint(source).files, strict=True)  # before it was compiled
+    plan = replace(PLAN, files=tuple(replace(f, content=now.content) for f, now in damaged))
+    run(plan, source, tmp_path / "unnoticed")
+    found = refused(lambda: run(plan, source, tmp_path / "out", settings))
     assert found.code == "source-damaged" and FILES[0].name in found.message
     assert found.notes == (f"expected: sha256 {right}", f"found: sha256 {sha256(weights(source))}")
     assert not (tmp_path / "out").exists()

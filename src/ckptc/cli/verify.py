@@ -88,7 +88,7 @@ def against_source(
     if plan.made.kind != "import":
         raise fail("not-verified", "only conversions to Orbax are verified against their source")
     directory = find_source(plan, source)
-    check_source(plan, directory, [SourceFile(f.name, f.size, f.header) for f in plan.files])
+    check_source(plan, directory, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.files])
     mappings = (load_mapping(Path(mapping)),) if mapping else None
     graph = graph_again(plan, *find_model(plan.made.model, mappings), open_checkpoint(directory))
     names = [f.name for f in plan.files]

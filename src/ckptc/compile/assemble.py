@@ -76,7 +76,9 @@ def assemble(
             compression=options.compression,
             link=options.link,
         ),
-        files=tuple(plan.File(f.name, f.size, f.header_digest) for f in checkpoint.files) if checkpoint else (),
+        files=tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in checkpoint.files)
+        if checkpoint
+        else (),
         tensors=table.rows,
         arrays=arrays,
         left_out=_left_out(graph, checkpoint),
@@ -229,6 +231,6 @@ def sha256(data: bytes) -> str:
 
 
 def source_digest(checkpoint: Checkpoint) -> str:
-    """Of the names, sizes and header digests of all files."""
-    files = [[f.name, f.size, f.header_digest] for f in checkpoint.files]
+    """Of the names, sizes, header digests and contents of all files."""
+    files = [[f.name, f.size, f.header_digest, f.content] for f in checkpoint.files]
     return sha256(json.dumps(files, separators=(",", ":")).encode())

@@ -112,7 +112,7 @@ class _Export:
         return plan.Plan(
             made=self._made(),
             choices=self._choices(counts),
-            files=tuple(plan.File(f.name, f.size, f.header_digest) for f in self.saved.files),
+            files=tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in self.saved.files),
             tensors=rows,
             arrays=(),
             left_out=self._left_out(),
@@ -141,7 +141,9 @@ class _Export:
         )
 
     def _made(self) -> plan.Made:
-        digest = sha256("\n".join(f"{f.name} {f.size} {f.header_digest}" for f in self.saved.files).encode())
+        digest = sha256(
+            "\n".join(f"{f.name} {f.size} {f.header_digest} {f.content}" for f in self.saved.files).encode()
+        )
         return plan.Made(
             ckptc=ckptc.__version__,
             model=self.model.name,

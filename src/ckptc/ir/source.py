@@ -14,6 +14,7 @@ class SourceFile:
     name: str
     size: int  # bytes
     header_digest: str  # "sha256:<hex>" of the 8-byte length and the JSON header, as stored
+    content: str = ""  # what tells it from other weights under this header, such as "sampled-sha256:<hex>"; "": nothing
 
 
 @dataclass(frozen=True, slots=True)

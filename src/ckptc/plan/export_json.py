@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from msgspec.structs import asdict
-
 from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.plan.model import Exactness, File
 from ckptc.plan.outputs import Exported, Kind, OutputFile, Outputs, Padding, Stored
@@ -28,7 +26,7 @@ def encode_outputs(outputs: Outputs, part: PartToJson) -> dict[str, Any]:
         "twins": [[t.name, t.kind, *t.places] for t in outputs.twins],
         "batches": [list(b) for b in outputs.batches],
         "config": outputs.config,
-        "companions": [asdict(f) for f in outputs.companions],
+        "companions": [{"name": f.name, "size": f.size, "header": f.header} for f in outputs.companions],
         "padding": [_padding(p) for p in outputs.padding],
         "notes": list(outputs.notes),
     }

@@ -20,7 +20,7 @@ from ckptc.ops.types import itemsize
 if TYPE_CHECKING:
     from ckptc.plan.outputs import Outputs
 
-FORMAT = 1  # raised when a plan of an older ckptc can no longer be run
+FORMAT = 2  # raised when a plan of an older ckptc can no longer be run
 
 Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
 
@@ -31,6 +31,9 @@ class File(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     size: int  # bytes
     header: str  # "sha256:<hex>" of its header
+    content: str = (
+        ""  # what tells it from other weights under this header: "<kind>:<value>", such as a digest of samples
+    )
 
 
 class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,7 +170,7 @@ class Made(Struct, frozen=True, forbid_unknown_fields=True):
     family: str
     repo: str
     mapping: str  # digest of the mapping's text
-    source: str | None  # digest of all files' names, sizes and headers; None without a checkpoint
+    source: str | None  # digest of all files' names, sizes, headers and contents; None without a checkpoint
     kind: str = "import"  # or "export": from Orbax to safetensors
 
 

@@ -29,10 +29,18 @@ from ckptc.run.preflight import check_room
 from ckptc.run.work import Progress, worker_bytes
 from ckptc.storage.checkpoint.companions import KEPT, identify
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
-from ckptc.storage.checkpoint.orbax_reader import ArrayReader, check_saved, list_plain, noted_sums, open_reader
+from ckptc.storage.checkpoint.orbax_reader import (
+    ArrayReader,
+    check_saved,
+    list_plain,
+    noted_sums,
+    open_reader,
+    statuses_of,
+)
 from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
 from ckptc.storage.checkpoint.steps import find_step, require_directory
 from ckptc.storage.checkpoint.sums import Summed, Sums
+from ckptc.storage.source.content import Status, changed_since, first_of
 from ckptc.storage.source.remembered import located
 
 
@@ -73,7 +81,9 @@ def export(
     outputs = plan.outputs
     assert outputs is not None and plan.made.kind == "export"
     items = find_step(source or located(plan.made.source or "", "the plan's checkpoint lies", "--source")).items
-    check_saved(items, [SourceFile(f.name, f.size, f.header) for f in plan.files])
+    files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.files]
+    before = statuses_of(items, files)
+    check_saved(items, files)
     if plain is None:
         plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
     copies = _companions(outputs, companions, items)
@@ -87,7 +97,9 @@ def export(
             work = _Work(plan, outputs, partial(open_reader, items, plain, sums), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
+            _check_undisturbed(items, files, before)  # before what differs is called damage
             work.compare(sums)
+            _check_undisturbed(items, files, before)
             writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
     except OSError as error:  # not of reading, which says so itself
         raise output_error(output, error, again="") from None
@@ -105,6 +117,17 @@ def _read_arrays(plan: Plan, outputs: Outputs) -> Iterator[Summed]:
             yield Summed(plan.tensors[number].name, stored.shape, stored.dtype, stored.chunk)
     for p in outputs.padding:
         yield Summed(plan.tensors[p.tensor].name, p.array.shape, p.array.dtype, p.array.chunk)
+
+
+def _check_undisturbed(items: Path, files: list[SourceFile], before: dict[str, Status]) -> None:
+    """Raises `source-changed` for files that changed since."""
+    if lines := changed_since(before, statuses_of(items, files)):
+        raise fail(
+            "source-changed",
+            f"the checkpoint in {items} changed while it was read",
+            notes=first_of(lines),
+            help="nothing was written; export again when no program writes to it",
+        )
 
 
 class _Work:

@@ -3,6 +3,7 @@
     <output>/.ckptc-lock             held by the living run: two runs into one output exclude each other
     <output>/.ckptc-unfinished/
         plan                         digest of the one plan that all of this belongs to
+        source                       what its source was like (`ckptc.run.sources`), written before it
         linked                       there once source files have been linked into the checkpoint
         process.I                    of several processes: held by process I, which has joined
         token                        of several processes: what process 0 has said, so that each knows that it sees this
@@ -34,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptc.diagnostics import InputError, fail
+from ckptc.run.sources import Sighting, other_plan
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, commit, make_durable
 from ckptc.storage.formats import checksum
 from ckptc.storage.sink.directory import Directory
@@ -130,17 +132,20 @@ class Unfinished:
             self.lock = None
 
 
-def open_unfinished(output: Path, final: Path, plan_digest: str, restart: bool = False) -> Unfinished:
+def open_unfinished(
+    output: Path, final: Path, plan_digest: str, restart: bool = False, source: Sighting | None = None
+) -> Unfinished:
     """Locks the output's unfinished run, an earlier one of the same plan or a new one. `final`: what it will become.
+    `source`: what is read, to be held against what was.
 
-    Raises InputError: `output-busy` (another run is writing there), `other-plan` (what is unfinished belongs to another
-    plan, and `restart` does not say to throw it away), `unwritable-output`, `disk-full`.
+    Raises InputError: `output-busy`, `unwritable-output`, `disk-full`, and, unless `restart`, `other-plan` or
+    `source-changed`, where what is unfinished is of another.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         unfinished = Unfinished(output, final, _lock(output))
         try:
-            _enter(unfinished, plan_digest, restart)
+            _enter(unfinished, plan_digest, restart, source)
         except BaseException:
             unfinished.release()
             raise
@@ -174,7 +179,7 @@ def flock(path: Path, output: Path) -> int:
     return lock
 
 
-def _enter(unfinished: Unfinished, plan_digest: str, restart: bool) -> None:
+def _enter(unfinished: Unfinished, plan_digest: str, restart: bool, source: Sighting | None) -> None:
     directory, final = unfinished.directory, unfinished.final
     if directory.is_symlink():  # what is not of this run is deleted there: not in a directory that may hold anything
         raise NotADirectoryError(errno.ENOTDIR, f"{UNFINISHED} is a symbolic link")
@@ -184,22 +189,20 @@ def _enter(unfinished: Unfinished, plan_digest: str, restart: bool) -> None:
     replaced = directory / "replaced"
     if replaced.exists() and not os.path.lexists(final):  # killed between the two renames of `replace`
         os.rename(replaced, final)
-    found = _read(directory / "plan")
+    found, kept = _read(directory / "plan"), Sighting.kept(_read(directory / "source"))
     if not restart and found is not None and found != plan_digest:
-        raise fail(
-            "other-plan",
-            f"an unfinished run of another plan is in {unfinished.output}",
-            notes=(f"expected: {plan_digest}", f"found:    {found}"),
-            help="run that plan to go on with it, or use --restart to throw its work away",
-        )
-    if restart or found is None:
+        raise other_plan(unfinished.output, plan_digest, found, source, kept)
+    if restart or found is None or (source and not kept):
         (directory / "plan").unlink(missing_ok=True)  # first: what is left belongs to no plan
         _keep(directory, ())
+        _write(directory / "source", json.dumps(source.record() if source else {}))
         _write(directory / "plan", plan_digest)
         return
     if not unfinished.checkpoint.exists() and (any(_journals(directory)) or (directory / "linked").exists()):
         unfinished.committed = True
         return
+    if source:
+        source.check_same(kept, unfinished.output)
     read_writers(unfinished, [process for process, _ in _journals(directory)])
     _keep(directory, unfinished.writers)
 
@@ -219,7 +222,7 @@ def read_writers(unfinished: Unfinished, processes: Iterable[int]) -> None:
 def _keep(directory: Path, writers: Iterable[int]) -> None:
     """Deletes all that the journals of `writers` do not speak of."""
     writers = set(writers)
-    kept = {"plan", *(f"journal.{k}" for k in writers), *(("checkpoint",) if writers else ())}
+    kept = {"plan", "source", *(f"journal.{k}" for k in writers), *(("checkpoint",) if writers else ())}
     for path in directory.iterdir():
         if path.name not in kept:
             _remove(path)

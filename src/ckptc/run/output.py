@@ -20,6 +20,7 @@ from ckptc.run import journal
 from ckptc.run.coordinator import Alone, seen
 from ckptc.run.journal import UNFINISHED, open_unfinished, output_error
 from ckptc.run.preflight import check_room
+from ckptc.run.sources import Sighting
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState
 from ckptc.storage.checkpoint.restored import custom_metadata_of
 from ckptc.storage.sink.directory import Place
@@ -94,8 +95,9 @@ class Output(Protocol):
     def check_free(self, replace: bool) -> None:
         """`output-exists`, unless what is there may be replaced, or is a run's that may tell more."""
 
-    def open(self, plan_digest: str, restart: bool, replace: bool, started: int) -> Unfinished:
-        """The unfinished run there, or a new one that is `started` now; `output-exists` for an older checkpoint that is not to be replaced."""
+    def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
+        """The unfinished run there, or a new one that is `started` now and reads `source`; `output-exists` for an older
+        checkpoint that is not to be replaced, `source-changed` for a run that has read another source."""
 
     def join(self, peers: Alone, said: dict[str, Any], mine: list[int]) -> Unfinished:
         """What process 0 has opened, as it has `said`, seen from another process, whose writers are `mine`."""
@@ -133,8 +135,8 @@ class LocalOutput:
         if not replace and not (self.path / UNFINISHED).exists():
             self._refuse_existing()
 
-    def open(self, plan_digest: str, restart: bool, replace: bool, started: int) -> Unfinished:
-        unfinished = open_unfinished(self.path, self._final, plan_digest, restart)
+    def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
+        unfinished = open_unfinished(self.path, self._final, plan_digest, restart, source)
         unfinished.started = started
         try:
             unfinished.committed = unfinished.committed and self._is_of(plan_digest)

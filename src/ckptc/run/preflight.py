@@ -25,7 +25,8 @@ from pathlib import Path
 from ckptc.diagnostics import Diagnostic, InputError, Span, fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
-from ckptc.storage.source.files import check_unchanged, open_regular, resolve, shown, unreadable
+from ckptc.storage.source.content import check_unchanged
+from ckptc.storage.source.files import open_regular, resolve, shown, unreadable
 
 AUTO = "auto"
 MAX_SUMS = 64 << 20  # bytes of a file of sums
@@ -73,7 +74,7 @@ def check_source(plan: Plan, directory: Path, files: Sequence[SourceFile]) -> No
     """Every file is there, can be read, and has the size and header it had when the plan was made; every tensor lies
     within its file.
 
-    Raises what `ckptc.storage.source.files.check_unchanged` raises, or `invalid-plan`.
+    Raises what `ckptc.storage.source.content.check_unchanged` raises, or `invalid-plan`.
     """
     for tensor in plan.tensors:
         size = files[tensor.file].size if 0 <= tensor.file < len(files) else -1

@@ -42,6 +42,7 @@ from ckptc.run.coordinator import Alone
 from ckptc.run.forked_call import apart
 from ckptc.run.journal import UNFINISHED, output_error
 from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_chunk
+from ckptc.run.sources import Sighting, other_plan
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, indexed_bytes
 from ckptc.storage.formats import checksum
 from ckptc.storage.sink.bucket import MARKER, ObjectData, ObjectStore
@@ -50,6 +51,7 @@ OBJECT_BYTES = 64 << 20  # of a data object at most, and of
 OBJECTS_OF_BUDGET = 16  # times as much memory, so that two of them and a unit's buffers leave room for other workers
 _STATE = f"{UNFINISHED}/"
 _PLAN = f"{_STATE}plan"
+_SOURCE = f"{_STATE}source"
 _JOURNALS = f"{_STATE}journal."
 _JOURNAL = re.compile(re.escape(_JOURNALS) + r"([0-9]{1,6})/([0-9a-f]+)[.][0-9]+")
 _URL = re.compile(r"gs://([^/]+)((?:/[^/]+)*)/?")
@@ -85,8 +87,8 @@ class RemoteOutput:
 
     def check_free(self, replace: bool) -> None: ...
 
-    def open(self, plan_digest: str, restart: bool, replace: bool, started: int) -> Unfinished:
-        opened = apart(lambda: _open(self._store, plan_digest, restart, replace, started))
+    def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
+        opened = apart(lambda: _open(self._store, plan_digest, restart, replace, started, source))
         return RemoteUnfinished(
             self._store, plan_digest, opened["run"], opened["started"], set(opened["done"]), _states(opened["writers"]),
             opened["committed"],
@@ -201,17 +203,14 @@ def _read_plan(store: ObjectStore) -> _Plan | None:
     return None
 
 
-def _open(store: ObjectStore, digest: str, restart: bool, replace: bool, started: int) -> dict[str, Any]:
+def _open(
+    store: ObjectStore, digest: str, restart: bool, replace: bool, started: int, source: Sighting
+) -> dict[str, Any]:
     """What `RemoteOutput.open` does apart from the process that will fork workers, as JSON."""
     store.probe()
-    there, plan = set(store.names(f"{STEP}/")), _read_plan(store)
+    there, plan, kept = set(store.names(f"{STEP}/")), _read_plan(store), Sighting.kept(store.read(_SOURCE))
     if plan is not None and plan.digest != digest and not restart:
-        raise fail(
-            "other-plan",
-            f"an unfinished run of another plan is in {store.shown}",
-            notes=(f"expected: {digest}", f"found:    {plan.digest}"),
-            help="run that plan to go on with it, or use --restart to throw its work away",
-        )
+        raise other_plan(store.shown, digest, plan.digest, source, kept)
     finished = f"{STEP}/{MARKER}" in there
     if plan is None:
         older = bool(there)
@@ -224,9 +223,12 @@ def _open(store: ObjectStore, digest: str, restart: bool, replace: bool, started
     if older and not replace:
         raise exists(f"{store.shown}/{STEP}")
     found = _Found(digest, there=there)
-    goes_on = plan is not None and not restart
-    if plan is not None and goes_on:
+    goes_on = plan is not None and not restart and kept is not None
+    if plan is not None and kept is not None and goes_on:
+        source.check_same(kept, store.shown)
         started = plan.started
+    else:
+        store.write(_SOURCE, json.dumps(source.record()).encode())
     run = secrets.token_hex(8)
     store.write(_PLAN, json.dumps(asdict(_Plan(digest, started, older, run))).encode())
     journals = store.names(_JOURNALS)

@@ -20,6 +20,7 @@ from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.output import LocalOutput, Output, Unfinished
 from ckptc.run.preflight import check_memory, check_sha256, check_source
 from ckptc.run.remote import RemoteOutput
+from ckptc.run.sources import Sighting
 from ckptc.run.work import Progress, Work, copied
 from ckptc.storage.checkpoint.companions import KEPT, kept, to_keep
 from ckptc.storage.checkpoint.orbax_writer import finish
@@ -82,8 +83,9 @@ def run(
     where = output_at(output, plan)
     where.check()
     directory = find_source(plan, source)
-    files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
+    files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.files]
     check_memory(plan, where.held())
+    seen = Sighting.of(directory, files)
     check_source(plan, directory, files)
     if settings.sha256 is not None:
         check_sha256(settings.sha256, directory, files)
@@ -97,11 +99,11 @@ def run(
 
     try:
         if peers.process:
-            done = _follow(where, peers, work_on)
+            done = _follow(where, peers, seen, work_on)
         else:
             make_links = partial(link, plan, directory, files)
             beside = partial(kept_files, plan, directory, to_keep(directory))
-            done = _lead(plan, digest, where, peers, settings, make_links, work_on, beside, before_commit, wall)
+            done = _lead(plan, digest, where, peers, settings, seen, make_links, work_on, beside, before_commit, wall)
     except OSError as error:
         raise where.error(error) from None
     return Report(
@@ -123,6 +125,7 @@ def _lead(
     output: Output,
     peers: Alone,
     settings: Settings,
+    source: Sighting,
     make_links: Callable[[Unfinished], Linked],
     work_on: Callable[[Unfinished], Work],
     beside: Callable[[], Iterable[tuple[str, bytes]]],
@@ -130,7 +133,7 @@ def _lead(
     started: int,
 ) -> list[Written]:
     """What process 0 does, or the only one. Returns what each has done."""
-    unfinished = output.open(digest, settings.restart, settings.force, started)
+    unfinished = output.open(digest, settings.restart, settings.force, started, source)
     try:
         if unfinished.committed:
             announce(peers, unfinished)
@@ -140,7 +143,9 @@ def _lead(
             work = work_on(unfinished)
             output.check_room(work.to_write)
             announce(peers, unfinished)
-            done = gather(peers, unfinished, work.execute())
+            written = work.execute()
+            source.check_undisturbed()
+            done = gather(peers, unfinished, written)
             writers = [k for x in done for k in x.writers]
 
             def join(check: Callable[[], None] = lambda: None) -> None:
@@ -159,7 +164,11 @@ def _lead(
                         check=check,
                     )
 
-            unfinished.complete(join, before_commit, peers.check)
+            def check() -> None:
+                peers.check()
+                source.check_undisturbed()
+
+            unfinished.complete(join, before_commit, check)
         unfinished.forget()
         peers.say("committed")
         return done
@@ -167,13 +176,14 @@ def _lead(
         unfinished.release()
 
 
-def _follow(output: Output, peers: Alone, work_on: Callable[[Unfinished], Work]) -> list[Written]:
+def _follow(output: Output, peers: Alone, source: Sighting, work_on: Callable[[Unfinished], Work]) -> list[Written]:
     """What every other process does. Returns what it has done."""
     unfinished = join_unfinished(peers, output)
     try:
         done = []
         if not unfinished.committed:
             written = work_on(unfinished).execute()
+            source.check_undisturbed()
             unfinished.release()  # before process 0 removes what is unfinished
             done = gather(peers, unfinished, written)
         peers.hear("committed")

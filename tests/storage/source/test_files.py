@@ -10,7 +10,8 @@ import pytest
 
 from ckptc.diagnostics import InputError
 from ckptc.ir.source import SourceFile
-from ckptc.storage.source.files import check_unchanged, header_digest, read_start, resolve
+from ckptc.storage.source.content import check_unchanged
+from ckptc.storage.source.files import header_digest, read_start, resolve
 
 from ..conftest import SIZE, refusal
 

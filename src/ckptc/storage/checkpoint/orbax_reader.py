@@ -31,8 +31,10 @@ from ckptc.storage.checkpoint.orbax_index import PlainIndex, list_chunks
 from ckptc.storage.checkpoint.steps import MANIFEST, METADATA, STEP_METADATA, Step, find_step
 from ckptc.storage.checkpoint.sums import Axes, Sums, noted
 from ckptc.storage.formats.zarr3 import numpy_dtype
+from ckptc.storage.source.content import Status, sample_files, statuses
 from ckptc.storage.source.files import header_digest, open_regular, pread, refuse, resolve, shown
 
+ARRAY_METADATA = "array_metadatas"
 MAX_JSON = 1 << 30
 INDEX_CACHE = 100_000_000  # bytes of OCDBT index nodes kept at most: as Orbax itself does
 OPEN_MOST = 256  # arrays kept open
@@ -55,28 +57,33 @@ def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Step]:
     left = [path for path in leaves if path[0] in OPTIMIZER and not optimizer]
     arrays = tuple(reader.describe([path for path in leaves if path[0] not in OPTIMIZER or optimizer]))
     if ocdbt:
-        files.append(_identity(items, MANIFEST))
+        files.append(_identity(items, MANIFEST, weights=True))
     else:
         name = "zarr.json" if zarr3 else ".zarray"
-        files += [_identity(items, f"{'.'.join(a.path)}/{name}") for a in arrays]
+        files += [_identity(items, f"{'.'.join(a.path)}/{name}", weights=True) for a in arrays]
     place = os.path.relpath(items, given)
     place, custom = "" if place == "." else place, _custom(step.directory)
     return Saved(tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, place), step
 
 
 def check_saved(items: Path, files: Sequence[SourceFile]) -> None:
-    """Raises `source-changed` unless every metadata file is what it was."""
+    """Raises `source-changed` unless every metadata file is what it was, and describes the same weights."""
     problems: list[Diagnostic] = []
+    help = "put the checkpoint back as it was, or compile the plan again from this one"
     for file in files:
-        now = _identity(items, file.name)
-        if now != file:
+        now = _identity(items, file.name, weights=bool(file.content))
+        if (now.size, now.header_digest) != (file.size, file.header_digest):
             error = refuse(
                 "source-changed",
                 f"{shown(file.name)} is not the file the plan was made from",
                 f"{file.size} bytes, {file.header_digest}",
                 f"{now.size} bytes, {now.header_digest}",
-                "put the checkpoint back as it was, or compile the plan again from this one",
+                help,
             )
+            problems += error.diagnostics
+        elif now.content != file.content:
+            message = f"the weights that {shown(file.name)} describes are not those that the plan was made from"
+            error = refuse("source-changed", message, f"content {file.content}", f"content {now.content}", help)
             problems += error.diagnostics
     if problems:
         raise InputError(problems)
@@ -101,9 +108,25 @@ def noted_sums(items: Path) -> dict[str, str]:
     return noted(_custom(find_step(items).directory))
 
 
-def _identity(items: Path, name: str) -> SourceFile:
+def _identity(items: Path, name: str, weights: bool = False) -> SourceFile:
+    """A metadata file; with `weights`, what tells those that it describes from others, too."""
     data = _read(items, name)
-    return SourceFile(name, len(data), header_digest(data))
+    content = sample_files(items, _described(items, name)) if weights else ""
+    return SourceFile(name, len(data), header_digest(data), content)
+
+
+def _described(items: Path, name: str) -> list[str]:
+    """The files that hold what a metadata file describes: of a database, all in directories below the items but Orbax's
+    metadata, with the index; of an array, all in its directory."""
+    folders = [items / name.rpartition("/")[0]] if name != MANIFEST else [p for p in items.iterdir() if p.is_dir()]
+    below = (p for folder in folders if folder.name != ARRAY_METADATA for p in folder.rglob("*"))
+    return [p.relative_to(items).as_posix() for p in below if p.is_file()]
+
+
+def statuses_of(items: Path, files: Sequence[SourceFile]) -> dict[str, Status]:
+    """What the system says of metadata files, and of the files with the weights that they describe."""
+    names = {f.name for f in files} | {name for f in files if f.content for name in _described(items, f.name)}
+    return statuses(items, sorted(names))
 
 
 def _read(items: Path, name: str) -> bytes:

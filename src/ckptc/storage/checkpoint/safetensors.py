@@ -9,7 +9,8 @@ lone `model.safetensors`, or shards and an index whose `weight_map` says which f
 there is an index it decides, and other safetensors files are left alone: hubs publish a
 `consolidated.safetensors` beside shards.
 
-Only headers are read, several at once. Everything wrong with the directory is collected and raised together.
+Headers are read, several at once, and samples of the weights, which tell these from others under the same headers.
+Everything wrong with the directory is collected and raised together.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.ir.source import Checkpoint, SourceTensor
+from ckptc.ir.source import Checkpoint, SourceFile, SourceTensor
 from ckptc.storage.formats.json_stream import MAX_MEMBERS, JsonReader, refuse_lfs_pointer, strict_json
 from ckptc.storage.formats.safetensors import Header, finish_header
+from ckptc.storage.source.content import content_of
 from ckptc.storage.source.files import (
     BLOCK,
     HEADER_THREADS,
@@ -87,7 +90,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         _compare_with_index(names, headers, tensors, assigned, problems)
     if problems:
         raise InputError(problems)
-    return Checkpoint(tuple(header.file for header in headers.values()), tensors, config)
+    return Checkpoint(_identified(directory, list(headers.values())), tensors, config)
+
+
+def _identified(directory: Path, headers: Sequence[Header]) -> tuple[SourceFile, ...]:
+    """The files, with what tells their content from others'."""
+
+    def identified(header: Header) -> SourceFile:
+        file = header.file
+        return replace(file, content=content_of(resolve(directory, file.name), file.name))
+
+    with ThreadPoolExecutor(HEADER_THREADS) as threads:
+        return tuple(threads.map(identified, headers))
 
 
 def _entries(directory: Path) -> list[str]:

@@ -1,7 +1,4 @@
-"""Files of a checkpoint: their paths, their beginnings, and whether they are still the same ones.
-
-What a plan says of a file is its size and the digest of its header. `check_unchanged` compares both before a
-run. Tensor data rewritten in place under the same header is not noticed: that would take reading all of it.
+"""Files of a checkpoint: their paths and their beginnings.
 
 Shard names come from an index or a plan, which are input: only `resolve` makes a path of one.
 """
@@ -12,15 +9,13 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.ir.source import SourceFile
 
 MAX_HEADER = 100_000_000  # bytes of JSON; the limit of the safetensors reference reader
-HEADER_THREADS = 16  # headers read at once: opening files waits, on network disks, rather than works
+HEADER_THREADS = 16  # files looked into at once: opening them waits, on network disks, rather than works
 RECOMPILE = "put the file back as it was, or compile the plan again from these files"
 FIRST_READ = 1 << 16  # bytes; most headers fit, so most files need one read
 BLOCK = 1 << 20  # bytes of a longer header that are held at once
@@ -189,41 +184,3 @@ def digest_of(blocks: Iterable[bytes]) -> str:
     for block in blocks:
         digest.update(block)
     return "sha256:" + digest.hexdigest()
-
-
-def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
-    """Raise unless every file still has the size and the header it was recorded with.
-
-    One diagnostic per file: `source-changed`, whose notes say what differs, or `source-missing`,
-    `source-unreadable`.
-    """
-    if not os.path.isdir(directory):
-        raise refuse(
-            "source-missing",
-            f"the checkpoint's directory {directory} does not exist",
-            f"a directory with {len(files)} files",
-            "nothing",
-            "give the directory where the checkpoint is now",
-        )
-
-    def compare(file: SourceFile) -> list[Diagnostic]:
-        try:
-            path = resolve(directory, file.name)
-            size, head = read_start(path, file.name)
-            digest = digest_of(header_blocks(path, file.name, head))
-        except InputError as error:
-            return list(error.diagnostics)
-        notes = []
-        if size != file.size:
-            notes += [f"expected: {file.size} bytes", f"found: {size} bytes"]
-        if digest != file.header_digest:
-            notes += [f"expected: header {file.header_digest}", f"found: header {digest}"]
-        if not notes:
-            return []
-        message = f"{shown(file.name)} is not the file the plan was made from"
-        return [Diagnostic("source-changed", message, None, tuple(notes), RECOMPILE)]
-
-    with ThreadPoolExecutor(HEADER_THREADS) as threads:
-        problems = [one for found in threads.map(compare, files) for one in found]
-    if problems:
-        raise InputError(problems)

@@ -1,0 +1,97 @@
+"""The source of a run as it was when the run began: what a later run that goes on is held against, and what it must
+still be when the run ends.
+
+The plan says of each file size, header and content (`ckptc.storage.source.content`), which no other weights share. A file may have
+been edited where no sample lies, so inode and times of change are noted as well, in the unfinished run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptc.diagnostics import InputError, fail
+from ckptc.ir.source import SourceFile
+from ckptc.storage.source.content import Status, changed_since, check_unchanged, first_of, statuses
+
+RESTART = "put its files back as they were, or use --restart, which makes all of it again"
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """The files of a source, and what the system said of them at some moment."""
+
+    directory: Path
+    files: tuple[SourceFile, ...]
+    statuses: dict[str, Status]
+
+    @staticmethod
+    def of(directory: Path, files: Sequence[SourceFile]) -> Sighting:
+        """As they are now."""
+        return Sighting(directory, tuple(files), statuses(directory, [f.name for f in files]))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, for an unfinished run to keep."""
+        return {
+            "directory": str(self.directory),
+            "files": {f.name: [f.size, f.header_digest, f.content] for f in self.files},
+            "statuses": {name: list(status) for name, status in self.statuses.items()},
+        }
+
+    @staticmethod
+    def kept(text: str | bytes | None) -> dict[str, Any] | None:
+        """What `record` gave, from its JSON; None where that is not there, or damaged."""
+        with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            kept: dict[str, Any] = json.loads(text or "")
+            if kept["files"] and all(len(s) == len(Status._fields) for s in kept["statuses"].values()):
+                return kept
+        return None
+
+    def check_undisturbed(self) -> None:
+        """Raises `source-changed` for files that are no longer what they were then."""
+        now = statuses(self.directory, self.statuses)
+        if lines := changed_since(self.statuses, now):
+            help = "nothing is committed; run again with --restart when no program writes to the source"
+            message = f"the source {self.directory} changed while it was read"
+            raise fail("source-changed", message, notes=first_of(lines), help=help)
+        check_unchanged(self.directory, [f for f in self.files if now[f.name] != self.statuses[f.name]])
+
+    def check_same(self, kept: Mapping[str, Any] | None, output: object) -> None:
+        """Raises `source-changed` where an unfinished run has read other files than these. `kept`: its `record`."""
+        if kept is None:
+            return
+        then = {str(name): Status(*status) for name, status in kept["statuses"].items()}
+        lines = changed_since(then, self.statuses)
+        if not lines:
+            return
+        if kept["directory"] != str(self.directory):
+            lines.insert(0, f"read then from {kept['directory']}, now from {self.directory}")
+        message = f"the source may hold other weights than those that the unfinished run in {output} has read"
+        raise fail("source-changed", message, notes=first_of(lines), help=RESTART)
+
+    def other_weights(self, kept: Mapping[str, Any] | None) -> list[str]:
+        """A line for each file in which the source differs from that of an unfinished run, whatever its plan."""
+        files = kept["files"] if kept else {}
+        mine = {f.name: [f.size, f.header_digest, f.content] for f in self.files}
+        words = ("size", "header", "content")
+        lines = []
+        for name in sorted(files.keys() & mine.keys()):
+            differ = [w for w, then, now in zip(words, files[name], mine[name], strict=True) if then != now]
+            if differ:
+                lines.append(f"{name} has another {differ[0]}: other weights")
+        return first_of(lines)
+
+
+def other_plan(output: object, expected: str, found: str, source: Sighting | None, kept: Any) -> InputError:
+    """`other-plan`, to raise: what is unfinished is of the plan with the digest `found`."""
+    lines = source.other_weights(kept) if source else []
+    return fail(
+        "other-plan",
+        f"an unfinished run of another plan is in {output}",
+        notes=(f"expected: {expected}", f"found:    {found}", *lines),
+        help="run that plan to go on with it, or use --restart to throw its work away",
+    )
