@@ -28,12 +28,19 @@ import numpy as np
 import numpy.typing as npt
 
 from bench_measure import described, machine
-from ckptc.ops import DequantBlockFp8, DequantMxfp4
-from ckptc.ops.dequant import Decode
+from ckptc.ops.codes import Code
+from ckptc.ops.codes.awq import Awq
+from ckptc.ops.codes.fp8 import Fp8
+from ckptc.ops.codes.gptq import Gptq
+from ckptc.ops.codes.mxfp4 import Mxfp4
+from ckptc.ops.codes.nf4 import Nf4
+from ckptc.ops.codes.nvfp4 import Nvfp4
+from ckptc.ops.codes.packed_int import PackedInt
 from ckptc.ops.nest import Part, whole
 from ckptc.ops.types import numpy_dtype
-from ckptc.plan.reads import places_in, plan_rows, scale_runs
-from ckptc.run.decode import Decoder
+from ckptc.plan.model import Beside, Decode, Source
+from ckptc.plan.reads import need
+from ckptc.run.decode import BesideRows, Coded, Decoder
 from ckptc.run.kernel import Conversion, Kernel, Loop, Math
 from ckptc.storage.formats.checksum import Summer
 from ckptc.storage.sink.file import page_buffer
@@ -112,19 +119,26 @@ def rearranged(
     return once, prod(shape) * (numpy_dtype(source).itemsize + numpy_dtype(target).itemsize) / 2
 
 
-def decoded(op: Decode, stored: tuple[int, ...], dtype: str, scale_dtype: str) -> Made:
-    """A whole tensor of codes, one byte each as stored, to float32."""
-    layout = op.rows(stored)
+def decoded(code: Code, shape: tuple[int, ...]) -> Made:
+    """A whole weight of codes, to float32."""
+    arrays = code.random(shape, np.random.default_rng(0))
+    beside = tuple(Beside(a.dtype.name, a.shape, (0,)) for a in arrays[1:])
+    decode = Decode(code.name, code.settings(), shape, beside)
+    layout = code.layout(shape)
     count = prod(layout.axes)
-    rows = plan_rows(Part(0, 0, 0, (whole(count, layout.length), whole(layout.length, 1))), layout)
-    runs, wanted = scale_runs(rows.scale_rows()), rows.scale_rows()
-    codes = numbers(prod(stored), "uint8")
-    scales = numbers(sum(length for _, length in runs) * layout.scales, scale_dtype)
-    if scale_dtype == "uint8":
-        scales[:] = 120 + scales % 8  # exponents of plausible weights
-    out, places, decoder = memory(count * layout.length, F32), places_in(runs, wanted), Decoder()
-    size = (codes.nbytes + scales.nbytes + out.nbytes) / 2
-    return lambda: decoder.decode(rows, dtype, codes, scales, places, out), size
+    whole_rows = Part(0, 0, 0, (whole(count, layout.length), whole(layout.length, 1)))
+    needed = need(whole_rows, Source(arrays[0].dtype.name, arrays[0].shape, (0,), decode))
+    assert needed.rows is not None
+    rows = needed.rows
+    codes, out = memory(arrays[0].nbytes, "uint8"), memory(count * layout.length, F32)
+    codes[:] = np.ascontiguousarray(arrays[0]).reshape(-1).view(np.uint8)
+    held = [
+        BesideRows(np.ascontiguousarray(a).reshape(-1), b.places, a.size // layout.count(of), layout.count(of) == 1)
+        for a, b, of in zip(arrays[1:], needed.beside, layout.beside, strict=True)
+    ]
+    how, decoder = Coded(code, shape, arrays[0].dtype.name), Decoder()
+    size = (codes.nbytes + sum(a.nbytes for a in arrays[1:]) + out.nbytes) / 2
+    return lambda: decoder.decode(how, rows, codes, held, out), size
 
 
 SCALED: Math = (("scale", 0.08838834764831845), ("cast", BF16))
@@ -148,11 +162,14 @@ CASES = [
     Case("float32 to bfloat16, transposed", lambda: rearranged((4096, 4096), (1, 0), source=F32)),
     Case("float16 to bfloat16", lambda: rearranged((4096, 4096), (0, 1), source=F16)),
     Case("bfloat16 to float32", lambda: rearranged((4096, 4096), (0, 1), target=F32)),
-    Case(
-        "fp8 blocks decoded (deepseek)",
-        lambda: decoded(DequantBlockFp8((128, 128)), (2048, 7168), "float8_e4m3fn", F32),
-    ),
-    Case("mxfp4 decoded (gpt-oss)", lambda: decoded(DequantMxfp4(), (1, 2880, 90, 16), "uint8", "uint8")),
+    Case("fp8 blocks decoded (deepseek)", lambda: decoded(Fp8((128, 128)), (2048, 7168))),
+    Case("mxfp4 decoded (gpt-oss)", lambda: decoded(Mxfp4(True), (1, 2880, 2880))),
+    Case("nvfp4 decoded", lambda: decoded(Nvfp4(True), (2048, 4096))),
+    Case("int4 decoded, groups of 32 (kimi)", lambda: decoded(PackedInt(4, 32), (2048, 7168))),
+    Case("int4 decoded, groups of 128, zero points", lambda: decoded(PackedInt(4, 128, True), (2048, 4096))),
+    Case("awq decoded", lambda: decoded(Awq(128, F16), (2048, 4096))),
+    Case("gptq decoded", lambda: decoded(Gptq(4, 128, F16, False), (2048, 4096))),
+    Case("nf4 decoded, nested", lambda: decoded(Nf4(64, 256), (2048, 4096))),
 ]
 
 

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ckptc.ops.codes import CODES
 from fuzz_headers import GOLDEN, joined
 from fuzz_values import CLIMBING, NUMBERS, STRINGS, Case, changed, dumps, hostile, shake, torn
 
@@ -27,7 +28,8 @@ PLANS = {
 CODED = """\
 family: coded
 target: maxtext
-dims: { layers: 2, embed: 64, mlp: 6, groups: 2, packed: 16 }
+dims: { layers: 2, embed: 64, mlp: 6 }
+config: { quantization_config: { weight_block_size: [4, 32] } }
 models: { coded: { repo: example/coded } }
 blocks:
   decoder:
@@ -35,15 +37,22 @@ blocks:
     scanned: [{ at: decoder/layers, stack: { layer: layers } }]
     unscanned: [{ at: "decoder/layers_{{ layer }}", for: { layer: layers } }]
     tensors:
-      eight: { from: eight, as: mlp embed, ops: [{ dequant_block_fp8: { scales: eight_scale, block: [4, 32] } }, { rearrange: mlp embed -> embed mlp }] }
-      four: { from: four, as: mlp groups packed, ops: [{ dequant_mxfp4: { scales: four_scale } }] }
+      eight: { from: eight, as: mlp embed -> embed mlp }
+      four: { from: four, as: embed mlp }
 """
 SHAPES = {
     "eight": ("F8_E4M3", [6, 64]),
-    "eight_scale": ("F32", [2, 2]),
-    "four": ("U8", [6, 2, 16]),
-    "four_scale": ("U8", [6, 2]),
+    "eight_scale_inv": ("F32", [2, 2]),
+    "four_blocks": ("U8", [6, 2, 16]),
+    "four_scales": ("U8", [6, 2]),
 }
+SETTINGS = (
+    *([["block", b], ["flat", f]] for b in ([128, 128], [1], [], [0], [32], [10**9, 1]) for f in (True, False)),
+    [],
+    [["groups", True]],
+    [["divides", False]],
+    *([["bits", b], ["group", g], ["zeros", True], ["index", False]] for b in (4, 3, 0) for g in (1, 32, -1)),
+)
 SIZES = {"F8_E4M3": 1, "U8": 1, "F32": 4}
 SET = ["--set", "padded_vocab=160"]
 EXPORTED = "gemma2"
@@ -271,11 +280,17 @@ def sources(rng: random.Random, body: Body) -> str:
             source["dtype"] = rng.choice(DTYPES)
         case 2:
             source["decode"] = {
-                "op": rng.choice(("dequant_block_fp8", "dequant_mxfp4")),
-                "block": rng.choice(([128, 128], [1], [], [0], [32], [10**9, 1])),
-                "dtype": rng.choice(DTYPES),
+                "code": rng.choice((*CODES, "")),
+                "settings": rng.choice(SETTINGS),
                 "shape": rng.choice(([1, 1], source["shape"], source["shape"][:-1], [])),
-                "tensors": rng.choice((source["tensors"], [0])),
+                "beside": [
+                    {
+                        "dtype": rng.choice(DTYPES),
+                        "shape": rng.choice(([1, 1], source["shape"], source["shape"][:-1], [])),
+                        "tensors": rng.choice((source["tensors"], [0])),
+                    }
+                    for _ in range(rng.randrange(3))
+                ],
             }
     return str(source)[:80]
 

@@ -190,13 +190,20 @@ def test_a_tensor_may_be_consumed_by_several_rules() -> None:
 
 
 def test_scales_are_consumed_with_what_they_scale() -> None:
-    text = (
-        RULE + "decode: [{ source: x, stored: float8_e4m3fn, op: { dequant_block_fp8: { scales: s, block: [5] } } }]\n"
-    )
-    headers: Headers = {"x": ("float8_e4m3fn", (5,)), "s": ("float32", (1,))}
-    assert len(compiled(text, headers).tensors) == 2
-    found = only(text, "unconsumed-tensor", {"x": ("float32", (5,)), "s": ("float32", (1,))})
-    assert found.notes == ("`s` float32[1]",), "where nothing is scaled, they are not"
+    headers: Headers = {"x": ("float8_e4m3fn", (5,)), "x_scale_inv": ("float32", (1,))}
+    assert len(compiled(RULE, headers).tensors) == 2
+    found = only(RULE, "unconsumed-tensor", {**headers, "x": ("float32", (5,))})
+    assert found.notes == ("`x_scale_inv` float32[1]",), "where nothing is scaled, they are not"
+
+
+def test_a_weight_that_is_ignored_is_ignored_however_it_is_stored() -> None:
+    headers: Headers = {
+        "x": ("float32", (5,)), "y.weight": ("float8_e4m3fn", (4, 4)), "y.weight_scale": ("float32", (4, 1)),
+        "y.input_scale": ("float32", ()),
+    }  # fmt: skip
+    assert only(RULE, "unconsumed-tensor", headers).notes[0].startswith("`y.weight` ")
+    plan = compiled(RULE + "ignore: [{ source: y.weight, reason: not needed }]\n", headers)
+    assert [(x.pattern, x.tensors) for x in plan.left_out] == [("y.weight", 3)]
 
 
 def test_targets_and_sources_are_reported_together() -> None:

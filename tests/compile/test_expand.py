@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import zlib
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from ckptc.compile.compiler import compile_plan
 from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.expand import expand
 from ckptc.compile.options import Options
+from ckptc.compile.quantised import Quantised, Weight
 from ckptc.diagnostics import Diagnostic, InputError, Span
 from ckptc.ir.graph import Apply, Fill, Graph, Leaf, Node, Target, leaves
 from ckptc.ir.source import Checkpoint, SourceTensor
 from ckptc.ir.verify import verify
-from ckptc.ops.types import is_float, itemsize, numpy_dtype
+from ckptc.ops.codes.fp8 import Fp8
+from ckptc.ops.codes.nvfp4 import Nvfp4
+from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Family, load_mapping
 
@@ -59,6 +63,7 @@ def expanded(
     layout: str = "scanned",
     stored: Mapping[str, str] | str = "float32",
     config: Mapping[str, Any] | None = None,
+    quantised: Quantised | None = None,
     **options: Any,
 ) -> Graph:
     """The graph of a mapping that says `tensors` and `blocks` after HEAD. `stored`: the source's dtypes."""
@@ -71,7 +76,7 @@ def expanded(
     def dtype(name: str) -> str:
         return stored if isinstance(stored, str) else stored.get(name, "float32")
 
-    return verify(expand(mapping, chosen, dims, {**names, **values}, dtype), "expand")
+    return verify(expand(mapping, chosen, dims, {**names, **values}, dtype, quantised), "expand")
 
 
 def shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
@@ -98,9 +103,8 @@ def value(node: Node) -> Array:
         stored = node.decoded.stored if node.decoded else node.each
         each = [tensor(name, stored.shape, stored.dtype) for name in node.tensors]
         if node.decoded:
-            scales = [tensor(name, node.decoded.scale.shape, node.decoded.scale.dtype) for name in node.decoded.scales]
-            types = [node.decoded.stored, node.decoded.scale]
-            each = [node.decoded.op.forward(pair, types) for pair in zip(each, scales, strict=True)]
+            beside = [[tensor(n, b.type.shape, b.type.dtype) for n in b.tensors] for b in node.decoded.beside]
+            each = [node.decoded.code.forward(all_, node.each.shape) for all_ in zip(each, *beside, strict=True)]
         return np.stack(each).reshape(node.type.shape)
     assert isinstance(node, Apply)
     return node.op.forward([value(n) for n in node.inputs], [n.type for n in node.inputs])
@@ -424,66 +428,70 @@ def test_let_may_not_give_a_dim_values_that_differ_along_a_stack() -> None:
     assert "dim `mlp` differs among the stacked layers" in refused(text, "invalid-value").message
 
 
-# -- decode --------------------------------------------------------------------------------------------------
+# -- weights that are stored as codes ------------------------------------------------------------------------
 
-DECODE = """\
-tensors:
-  a: { from: x.weight, as: mlp embed -> embed mlp }
-decode:
-  - source: "*.weight"
-    stored: float8_e4m3fn
-    when: layers == 4
-    op: { dequant_block_fp8: { scales: "{{ stem }}.scale", block: [2, 2] } }
-  - source: "x*"
-    stored: float8_e4m3fn
-    op: { dequant_block_fp8: { scales: "{{ name }}_scale_inv", block: [3, 1] } }
-"""
+CODED = "tensors: { a: { from: x.weight, as: mlp embed -> embed mlp } }\n"
+STACKED = 'tensors: { a: { stack: { n: 4 }, from: "{{ n }}.weight", as: mlp embed -> n embed mlp } }\n'
 
 
-def test_a_tensor_stored_as_a_decode_entry_says_is_decoded() -> None:
-    target = only(expanded(DECODE, stored={"x.weight": "float8_e4m3fn"}))
+def fp8(*names: str) -> tuple[Quantised, dict[str, str]]:
+    """Those weights in fp8 by blocks of two by two, and the dtypes of the tensors."""
+    weights = {f"{n}.weight": Weight(Fp8((2, 2)), f"{n}.weight", (f"{n}.scale",)) for n in names}
+    return Quantised(weights), {**dict.fromkeys(weights, "float8_e4m3fn")}
+
+
+def test_a_weight_that_is_stored_as_codes_is_decoded() -> None:
+    quantised, stored = fp8("x")
+    target = only(expanded(CODED, stored=stored, quantised=quantised))
     (leaf,) = leaves(target.node)
-    assert leaf.decoded and leaf.decoded.scales == ("x.scale",)
-    assert leaf.decoded.scale.shape == (3, 1)
+    assert leaf.decoded and leaf.decoded.beside[0].tensors == ("x.scale",)
+    assert leaf.decoded.beside[0].type.shape == (3, 1)
     weight = tensor("x.weight", (5, 2), "float8_e4m3fn").astype(np.float32)
     scale = tensor("x.scale", (3, 1)).repeat(2, axis=0)[:5]
     assert np.array_equal(value(target.node), (weight * scale).T)
-    assert target.steps == ("dequant_block_fp8 2x2", "mlp embed -> embed mlp")
+    assert target.steps == ("fp8 in blocks of 2x2", "mlp embed -> embed mlp")
 
 
-@pytest.mark.parametrize(
-    ("change", "stored", "scales"),
-    [
-        (("layers == 4", "layers == 5"), "float8_e4m3fn", "x.weight_scale_inv"),  # the next entry that holds
-        (("*.weight", "*.kernel"), "float8_e4m3fn", "x.weight_scale_inv"),
-        (("*.weight", "*"), "float8_e4m3fn", "x.scale"),
-        (("", ""), "bfloat16", None),  # the dtype in the header decides
-        (("", ""), "float8_e5m2", None),
-    ],
-)
-def test_which_decode_entry_applies(change: tuple[str, str], stored: str, scales: str | None) -> None:
-    (leaf,) = leaves(only(expanded(DECODE.replace(*change, 1), stored={"x.weight": stored})).node)
-    assert (leaf.decoded.scales[0] if leaf.decoded else None) == scales
+def test_scales_of_stacked_weights_follow_them() -> None:
+    quantised, stored = fp8("0", "1", "2", "3")
+    (leaf,) = leaves(only(expanded(STACKED, stored=stored, quantised=quantised)).node)
+    assert leaf.decoded and leaf.decoded.beside[0].tensors == ("0.scale", "1.scale", "2.scale", "3.scale")
 
 
-def test_scales_of_stacked_tensors_follow_them() -> None:
-    text = DECODE.replace("tensors:\n  a: { from: x.weight", 'tensors:\n  a: { stack: { n: 3 }, from: "{{ n }}.weight"')
-    text = text.replace("-> embed mlp", "-> n embed mlp")
-    (leaf,) = leaves(only(expanded(text, stored={f"{n}.weight": "float8_e4m3fn" for n in range(3)})).node)
-    assert leaf.decoded and leaf.decoded.scales == ("0.scale", "1.scale", "2.scale")
+@pytest.mark.parametrize("coded", ["0", "3", "12", "02", "123"])
+def test_some_of_the_stacked_weights_may_be_codes(coded: str) -> None:
+    quantised, stored = fp8(*coded)
+    target = only(expanded(STACKED, stored=stored, quantised=quantised))
+    each = []
+    for n in "0123":
+        weight = tensor(f"{n}.weight", (5, 2), stored.get(f"{n}.weight", "float32")).astype(np.float32)
+        scale = tensor(f"{n}.scale", (3, 1)).repeat(2, axis=0)[:5]
+        each.append((weight * scale if n in coded else weight).T)
+    assert np.array_equal(value(target.node), np.stack(each))
 
 
-def test_a_rule_may_decode_by_itself() -> None:
-    ops = '[{ dequant_block_fp8: { scales: "s{{ layer }}", block: [5] } }, { add: 1 }]'
-    text = BLOCK.replace("as: mlp embed }", f"as: mlp embed, ops: {ops} }}")
-    target = only(expanded(text, stored={f"l.{n}.x": "float8_e4m3fn" for n in range(4)}))
-    (leaf,) = leaves(target.node)
-    assert leaf.decoded and leaf.decoded.scales == ("l.0.s0", "l.1.s1", "l.2.s2", "l.3.s3")
-    assert is_float(target.type.dtype)
+def test_experts_of_a_layer_may_be_stored_in_two_ways() -> None:
+    text = 'tensors: { a: { stack: { n: 2, e: 2 }, from: "{{ n }}{{ e }}.weight", as: mlp embed -> n e embed mlp } }\n'
+    quantised, stored = fp8("00", "11")
+    target = only(expanded(text, stored=stored, quantised=quantised))
+    for n, e in product(range(2), range(2)):
+        weight = tensor(f"{n}{e}.weight", (5, 2), stored.get(f"{n}{e}.weight", "float32")).astype(np.float32)
+        scale = tensor(f"{n}{e}.scale", (3, 1)).repeat(2, axis=0)[:5]
+        assert np.array_equal(value(target.node)[n, e], (weight * scale if n == e else weight).T)
+
+
+def test_a_weight_of_a_shape_that_a_code_has_not_is_refused_at_its_rule() -> None:
+    quantised = Quantised({"x.weight": Weight(Nvfp4(True), "x.weight_packed", ("x.weight_scale", "x.global"))})
+    with pytest.raises(InputError) as caught:
+        expanded(CODED, quantised=quantised)
+    (found,) = caught.value.diagnostics
+    assert found.code == "op-mismatch"
+    assert found.message.startswith("`x.weight` is stored as nvfp4: nvfp4 needs rows of whole groups of 16")
 
 
 def test_a_decoded_array_is_stored_in_the_chosen_dtype() -> None:
-    target = only(expanded(DECODE, stored={"x.weight": "float8_e4m3fn"}, dtype="bfloat16"))
+    quantised, stored = fp8("x")
+    target = only(expanded(CODED, stored=stored, quantised=quantised, dtype="bfloat16"))
     assert value(target.node).dtype == ml_dtypes.bfloat16
 
 
@@ -611,12 +619,6 @@ def test_an_axis_past_the_end_is_refused_at_the_rule() -> None:
     assert found.message == "axis 3 for the layers is past the end of bfloat16[layer=4, mlp=5, embed=2]"
 
 
-def test_dequantising_comes_first() -> None:
-    op = "dequant_block_fp8: «{» scales: s, block: [1] }"
-    found = refused(rule(f"{{ from: x, as: mlp, ops: [{{ add: 1 }}, {{ {op} }}] }}"), "op-mismatch")
-    assert "it comes first" in found.message
-
-
 def test_the_problems_of_all_rules_are_reported_together() -> None:
     text = """\
 tensors:
@@ -675,11 +677,6 @@ def test_an_error_of_a_place_does_not_hide_those_of_rules() -> None:
     text = BLOCK.replace("source: l.{{ layer }}", "source: l.{{ lair }}").replace("mlp embed }", "mlp none }")
     found = problems("tensors: { t: { from: x, as: none } }\n" + text)
     assert [d.code for d in found] == ["unknown-dim", "invalid-template"]
-
-
-def test_an_absent_quantised_tensor_is_reported_as_absent() -> None:
-    text = "tensors: { a: { from: x, as: mlp, ops: [{ dequant_block_fp8: { scales: s, block: [1] } }] } }\n"
-    assert {d.code for d in problems(text, {"y": ("float8_e4m3fn", (5,))})} == {"missing-tensor", "unconsumed-tensor"}
 
 
 def test_what_takes_long_at_each_of_many_points_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,6 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from msgspec import structs
 from ruamel.yaml import YAML
 
 from ckptc.compile.compiler import compile_plan, layouts
@@ -146,7 +145,7 @@ def attempts(data: Any) -> Iterator[Mutant]:
     for where, holder in conditions(data):
         yield drop("condition", (*where, "when"))
         yield put("negate condition", (*where, "when"), f"not ({holder['when']})")
-    for part in ("ignore", "decode", "unsupported"):
+    for part in ("ignore", "unsupported"):
         yield from (drop(part, (part, i)) for i in range(len(data.get(part, []))))
 
 
@@ -190,9 +189,7 @@ def conditions(data: Any) -> Iterator[tuple[Where, Any]]:
     """Everything that has a `when`."""
     holders = [*rules(data), *places(data)]
     holders += [(("blocks", name), block) for name, block in data.get("blocks", {}).items()]
-    holders += [
-        ((part, i), x) for part in ("ignore", "decode", "unsupported") for i, x in enumerate(data.get(part, []))
-    ]
+    holders += [((part, i), x) for part in ("ignore", "unsupported") for i, x in enumerate(data.get(part, []))]
     return ((where, holder) for where, holder in holders if "when" in holder)
 
 
@@ -346,7 +343,7 @@ def recipe(plan: Plan, array: PlanArray) -> Any:
             s.dtype,
             s.shape,
             names(s.tensors),
-            s.decode and (structs.replace(s.decode, tensors=()), names(s.decode.tensors)),
+            s.decode and (s.decode.kind, [names(b.tensors) for b in s.decode.beside]),
         )
         for s in array.sources
     ]
@@ -534,8 +531,6 @@ def neutral(mutant: Mutant, family: str) -> str | None:
         return "an entry that is in force for no golden"
     if kind == "swap axes" and where[-1] == "as" and only_moves_a_cut_axis(data, mutant):
         return "an axis that the next op drops by its index, wherever it is"
-    if kind == "drop decode" and not decodes(get(data, where), family):
-        return "an encoding that no golden has, or asks to decode"
     return None
 
 
@@ -612,7 +607,6 @@ def used(family: str) -> frozenset[str]:
     for where in reversed(unreached(family)):  # rules before their blocks
         del get(data, where[:-1])[where[-1]]
     dims = data.pop("dims")
-    data["decode"] = [entry for entry in data.get("decode", []) if entry["stored"] in stored(family)]
     words, waiting = set[str](), [json.dumps(data)]
     while waiting:
         new = set(re.findall(r"[a-z_][a-z0-9_]*", waiting.pop())) - words
@@ -630,18 +624,6 @@ def true_for_all(condition: Any, family: str) -> bool:
 
 def false_for_all(condition: Any, family: str) -> bool:
     return condition is not None and true_for_all(f"not ({condition})", family)
-
-
-def decodes(entry: Any, family: str) -> bool:
-    return any(
-        holds(entry.get("when"), judge.names)
-        and any(tensor.dtype == entry["stored"] for tensor in judge.checkpoint.tensors.values())
-        for judge in by_array_judges(family)
-    )
-
-
-def stored(family: str) -> set[str]:
-    return {tensor.dtype for judge in by_array_judges(family) for tensor in judge.checkpoint.tensors.values()}
 
 
 # Of a mapping with more mutants than this, one in so many is tried, the same ones every time; all of them where this

@@ -17,9 +17,6 @@ from ckptc.ir.graph import Leaf
 from ckptc.ops import (
     Axis,
     Cast,
-    Decode,
-    DequantBlockFp8,
-    DequantMxfp4,
     Op,
     Pad,
     Rearrange,
@@ -28,6 +25,9 @@ from ckptc.ops import (
     Transpose,
 )
 from ckptc.ops.base import Parts
+from ckptc.ops.codes import Code
+from ckptc.ops.codes.fp8 import Fp8
+from ckptc.ops.codes.mxfp4 import Mxfp4
 from ckptc.ops.nest import restrict_part
 from ckptc.plan import model
 from ckptc.plan.model import Array, Content, Source
@@ -65,14 +65,13 @@ def plain(dtype: str, grid: Shape, *each: int) -> Case:
     return Case(leaf.type, (Source(dtype, each, tuple(range(count))),), [leaf_part(leaf, 0)])
 
 
-def quantised(op: Decode, dtype: str, scale: str, grid: Shape, *stored: int) -> Case:
-    """The same of tensors that are decoded."""
-    values = TensorType(tuple(Axis(f"s{i}", n) for i, n in enumerate(stored)), dtype)
-    shape = op.scales_shape(values)
-    each = op.infer([values, TensorType(tuple(Axis("", n) for n in shape), scale)])
-    case, count = plain("float32", grid, *each.shape), prod(grid)
-    decode = model.Decode(op.name, getattr(op, "block", ()), scale, shape, tuple(range(count, 2 * count)))
-    return Case(case.type, (Source(dtype, stored, tuple(range(count)), decode),), case.parts)
+def quantised(code: Code, dtype: str, scale: str, grid: Shape, *shape: int) -> Case:
+    """The same of weights that are stored as codes."""
+    case, count = plain("float32", grid, *shape), prod(grid)
+    (scales,) = code.layout(shape).beside
+    beside = model.Beside(scale, scales.shape, tuple(range(count, 2 * count)))
+    decode = model.Decode(code.name, code.settings(), shape, (beside,))
+    return Case(case.type, (Source(dtype, code.stored(shape), tuple(range(count)), decode),), case.parts)
 
 
 def case_of(made: Made) -> Case:
@@ -80,7 +79,7 @@ def case_of(made: Made) -> Case:
     return Case(made.type, sources, made.parts)
 
 
-fp8 = quantised(DequantBlockFp8((128, 128)), "float8_e4m3fn", "float32", (3, 2), 300, 700)
+fp8 = quantised(Fp8((128, 128)), "float8_e4m3fn", "float32", (3, 2), 300, 700)
 CASES: dict[str, Case] = {
     "transposed": after(Transpose(("a1", "t0", "a0")), plain("bfloat16", (3,), 500, 640)),
     "float32 to bfloat16": after(Cast("bfloat16"), plain("float32", (3,), 500, 640)),
@@ -99,9 +98,9 @@ CASES: dict[str, Case] = {
     "fp8 transposed": after(Cast("bfloat16"), after(Transpose(("t1", "a1", "t0", "a0")), fp8)),
     "fp8 of stacked experts": after(
         Transpose(("a0", "t0", "a2", "a1")),
-        quantised(DequantBlockFp8((16, 32)), "float8_e4m3fn", "bfloat16", (2,), 4, 100, 160),
+        quantised(Fp8((16, 32)), "float8_e4m3fn", "bfloat16", (2,), 4, 100, 160),
     ),
-    "fp8 with lists of scales": quantised(DequantBlockFp8((128,)), "float8_e5m2", "float8_e8m0fnu", (), 400, 1000),
+    "fp8 with lists of scales": quantised(Fp8((128,)), "float8_e5m2", "float8_e8m0fnu", (), 400, 1000),
     "one of two interleaved, mxfp4": after(
         Transpose(("a0", "a2", "pair")),
         after(
@@ -111,7 +110,7 @@ CASES: dict[str, Case] = {
                     ((Axis("a0", 4),), (Axis("pair", 90), Axis("odd", 2)), (Axis("a2", 320),)),
                     ((Axis("a0", 4),), (Axis("pair", 90),), (Axis("odd", 2),), (Axis("a2", 320),)),
                 ),
-                quantised(DequantMxfp4(), "uint8", "uint8", (), 4, 180, 10, 16),
+                quantised(Mxfp4(), "uint8", "uint8", (), 4, 180, 320),
             ),
         ),
     ),
@@ -217,7 +216,7 @@ def test_budgets_hardly_change_what_is_read(case: Case) -> None:
 
 
 def test_a_row_beyond_the_budget_is_still_taken_whole() -> None:
-    case = after(Transpose(("a1", "a0")), quantised(DequantBlockFp8((2, 64)), "float8_e4m3fn", "float32", (), 8, 4096))
+    case = after(Transpose(("a1", "a0")), quantised(Fp8((2, 64)), "float8_e4m3fn", "float32", (), 8, 4096))
     array = case.array(1000)
     assert array.unit == (4096, 1)
     assert sum(elements for _, _, elements in units(array)) == 8 * 4096
@@ -225,7 +224,7 @@ def test_a_row_beyond_the_budget_is_still_taken_whole() -> None:
 
 def test_a_row_is_not_cut_by_its_parts_either() -> None:
     """Heads and what is in a head: two axes of the target, one row of the source."""
-    case = quantised(DequantBlockFp8((2, 64)), "float8_e4m3fn", "float32", (), 40, 1024)
+    case = quantised(Fp8((2, 64)), "float8_e4m3fn", "float32", (), 40, 1024)
     heads = Rearrange(
         ((Axis("a0", 40),), (Axis("heads", 16), Axis("dim", 64))),
         ((Axis("heads", 16),), (Axis("dim", 64),), (Axis("a0", 40),)),
@@ -235,7 +234,7 @@ def test_a_row_is_not_cut_by_its_parts_either() -> None:
 
 def test_a_unit_that_needs_more_than_its_elements_gets_smaller() -> None:
     """Pieces of all rows, side by side: a piece takes all its row, so few rows must do, though they are read again."""
-    case = quantised(DequantBlockFp8((2, 64)), "float8_e4m3fn", "float32", (), 64, 256)
+    case = quantised(Fp8((2, 64)), "float8_e4m3fn", "float32", (), 64, 256)
     mixed = Rearrange(
         ((Axis("a0", 64),), (Axis("x", 16), Axis("y", 16))),
         ((Axis("x", 16), Axis("a0", 64)), (Axis("y", 16),)),

@@ -17,8 +17,6 @@ from ckptc.ops import (
     Axis,
     Cast,
     Concat,
-    DequantBlockFp8,
-    DequantMxfp4,
     Interleave,
     Op,
     Pad,
@@ -192,23 +190,6 @@ def _stack(draw: Draw) -> Case:
     return Stack(fresh(type_, 1)[0]), (type_,) * draw(st.integers(2, 4))
 
 
-@st.composite
-def _block(draw: Draw) -> Case:
-    values = draw(types(("float8_e4m3fn", "float8_e5m2")))
-    block = tuple(draw(st.lists(st.integers(1, 4), max_size=len(values.axes))))
-    lead = len(values.axes) - len(block)
-    scales = (*values.shape[:lead], *(-(-n // b) for n, b in zip(values.shape[lead:], block, strict=True)))
-    dtype = draw(st.sampled_from(("float32", "bfloat16", "float8_e8m0fnu")))
-    return DequantBlockFp8(block), (values, TensorType(tuple(Axis("", n) for n in scales), dtype))
-
-
-@st.composite
-def _mxfp4(draw: Draw) -> Case:
-    rows = draw(types(("uint8",), least=1, most=3))
-    values = rows.with_axes((*rows.axes, Axis("packed", 16)))
-    return DequantMxfp4(), (values, TensorType(rows.axes, draw(st.sampled_from(("uint8", "float8_e8m0fnu")))))
-
-
 # The laws hold for every op that is listed here; a test asserts that all of the vocabulary is.
 CASES: dict[type[Op], st.SearchStrategy[Case]] = {
     **{kind: _single(kind) for kind in (Rearrange, Transpose, Cast)},
@@ -220,8 +201,6 @@ CASES: dict[type[Op], st.SearchStrategy[Case]] = {
     Add: _single(Add, NARROW),
     Concat: _concat(),
     Stack: _stack(),
-    DequantBlockFp8: _block(),
-    DequantMxfp4: _mxfp4(),
 }
 
 

@@ -15,8 +15,6 @@ from ckptc.ops import (
     Axis,
     Cast,
     Concat,
-    DequantBlockFp8,
-    DequantMxfp4,
     Interleave,
     Op,
     OpError,
@@ -33,7 +31,6 @@ from ckptc.ops import (
     TensorType,
     Transpose,
 )
-from ckptc.ops.dequant import decode_op
 from ckptc.ops.pattern import parse_pattern
 from ckptc.ops.rename import Rename
 from ckptc.ops.types import numpy_dtype
@@ -134,26 +131,6 @@ INFER: list[tuple[Op, list[TensorType], str]] = [
     (Cast("int64"), [AB], "not from float32 to int64"),
     *((Cast(n), [AB], f"`{n}` is not a dtype") for n in ("float31", "f4", "float", "finfo", "O", "object", "S3", "V8",
         "i4,i4", "__version__", "(2", "", "void")),
-    # dequantising
-    (DequantBlockFp8((2, 2)), [FP8], "`dequant_block_fp8` takes a tensor and its scales"),
-    (DequantBlockFp8((2, 2)), [FP8] * 3, "takes a tensor and its scales"),
-    (DequantBlockFp8((2, 2)), [AB, AB],
-        "`dequant_block_fp8` decodes float8_e4m3fn or float8_e5m2, the tensor is float32"),
-    (DequantBlockFp8((2, 2)), [FP8, t("3 2", "float16")],
-        "takes scales in float32 or bfloat16 or float8_e8m0fnu, they are float16"),
-    (DequantBlockFp8((2, 2)), [FP8, t("2 1")], "`dequant_block_fp8`: the scales of [5, 3] are [3, 2], found [2, 1]"),
-    (DequantBlockFp8((2, 2)), [FP8, t("3")], "are [3, 2], found [3]"),
-    (DequantBlockFp8((2, 2, 2)), [FP8, t("3 2")], "a block [2, 2, 2] does not fit a tensor [5, 3]"),
-    (DequantBlockFp8((2, 0)), [FP8, t("3 2")], "a block [2, 0] does not fit a tensor [5, 3]"),
-    (DequantMxfp4(), [t("g=2 b=16", "uint8")], "`dequant_mxfp4` takes a tensor and its scales"),
-    (DequantMxfp4(), [t("g=2 b=16"), t("2", "uint8")], "`dequant_mxfp4` decodes uint8 or int8, the tensor is float32"),
-    (DequantMxfp4(flat=True), [t("g=2 b=15", "int8"), t("2 1", "uint8")],
-        "mxfp4 rows are groups of 16 bytes, found [2, 15]"),
-    (DequantMxfp4(), [t("g=2 b=16", "uint8"), t("2")], "takes scales in uint8 or float8_e8m0fnu, they are float32"),
-    (DequantMxfp4(), [t("g=2 b=15", "uint8"), t("2", "uint8")],
-        "mxfp4 blocks are [.., groups, 16] bytes, found [2, 15]"),
-    (DequantMxfp4(), [t("b=16", "uint8"), t("", "uint8")], "mxfp4 blocks are [.., groups, 16] bytes, found [16]"),
-    (DequantMxfp4(), [t("g=2 b=16", "uint8"), t("3", "uint8")], "the scales of [2, 16] are [2], found [3]"),
 ]  # fmt: skip
 
 OTHER: list[tuple[Callable[[], object], str]] = [
@@ -164,15 +141,6 @@ OTHER: list[tuple[Callable[[], object], str]] = [
         lambda: Rearrange(((A,), (Axis("a", 3),)), ((A,), (Axis("a", 3),))),
         "an axis stands once on each side of a pattern; more often: a",
     ),
-    (
-        lambda: DequantMxfp4(flat=True).stored(AB),
-        "`dequant_mxfp4` needs rows of whole groups of 32",
-    ),
-    (
-        lambda: DequantMxfp4().lower([[], []], [AB, AB]),
-        "`dequant_mxfp4` decodes a source tensor as it is stored: it comes first",
-    ),
-    (lambda: decode_op("scale", ()), "`scale` does not decode"),
     (lambda: numpy_dtype("complex"), "`complex` is not a dtype"),
     (lambda: parse_pattern("(a"), "never closed"),
     (lambda: parse_pattern("a)"), "without `(`"),
@@ -239,8 +207,6 @@ def test_a_refusal_is_a_value_error() -> None:
         (Pad("vocab", 262144), "pad vocab to 262144"),
         (Resize("vocab", 100), "resize vocab to 100"),
         (Cast("bfloat16"), "cast bfloat16"),
-        (DequantBlockFp8((128, 128)), "dequant_block_fp8 128x128"),
-        (DequantMxfp4(), "dequant_mxfp4"),
         (Rename(0, "x"), "rename axis 0 to x"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -15,7 +15,7 @@ from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.ops.types import OpError
 from ckptc.plan.check import MAX_LOOPS, MAX_PAIRS, check_plan
 from ckptc.plan.json import MAX_PARTS, dumps, loads
-from ckptc.plan.model import Array, Decode, Plan, Source, Tensor
+from ckptc.plan.model import Array, Beside, Decode, Plan, Source, Tensor
 from ckptc.plan.outputs import Exported, Kind, Outputs
 from golden import compile_case, known_cases
 from reference import GoldenCase
@@ -40,7 +40,7 @@ def plan() -> Plan:
 @pytest.fixture
 def coded(plan: Plan) -> Plan:
     """One array, decoded from fp8 in blocks."""
-    decode = Decode("dequant_block_fp8", (2, 3), "float32", (2, 2), (1,))
+    decode = Decode("fp8", (("block", (2, 3)), ("flat", False)), (4, 6), (Beside("float32", (2, 2), (1,)),))
     source = Source("float8_e4m3fn", (4, 6), (0,), decode)
     axes = (AxisMap(0, (Factor(4, 1, 6),)), AxisMap(0, (Factor(6, 1, 1),)))
     ones = (1, 1)
@@ -261,11 +261,17 @@ def test_paths_are_sorted_and_none_lies_inside_another(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda d: replace(d, op="exec"), "does not decode"),
-        (lambda d: replace(d, block=()), "the scales of"),
-        (lambda d: replace(d, block=(0, 0)), "does not fit"),
-        (lambda d: replace(d, op="dequant_mxfp4"), "decodes uint8"),
-        (lambda d: replace(d, tensors=d.tensors * 2), "differ in number"),
+        (lambda d: replace(d, code="exec"), "there is no code"),
+        (lambda d: replace(d, settings=()), "has the settings block, flat"),
+        (lambda d: replace(d, settings=(("block", "all"), ("flat", False))), "has the settings"),
+        (lambda d: replace(d, settings=(("block", (0, 0)), ("flat", False))), "has the settings"),
+        (lambda d: replace(d, settings=(("block", (1, 1)), ("flat", False))), "the scales of"),
+        (lambda d: replace(d, settings=(("block", (1, 1, 1)), ("flat", False))), "does not fit"),
+        (lambda d: replace(d, code="mxfp4", settings=(("groups", False),)), "mxfp4 of [4, 6] is no"),
+        (lambda d: replace(d, shape=(6, 4)), "is no float8_e4m3fn[4, 6]"),
+        (lambda d: replace(d, beside=()), "tensors beside its codes, not 0"),
+        (lambda d: replace(d, beside=(replace(d.beside[0], tensors=(1, 1)),)), "differ in number"),
+        (lambda d: replace(d, beside=(replace(d.beside[0], dtype="int32"),)), "found int32"),
     ],
 )
 def test_codes_and_scales_fit_each_other(change: Callable[[Decode], Decode], expected: str, coded: Plan) -> None:
@@ -276,25 +282,6 @@ def test_codes_and_scales_fit_each_other(change: Callable[[Decode], Decode], exp
         return replace(source, decode=change(source.decode))
 
     assert expected in refusal(with_array(coded, lambda a: replace(a, sources=tuple(map(changed, a.sources)))))
-
-
-def test_codes_of_mxfp4_are_bytes_without_a_sign(coded: Plan) -> None:
-    def of(dtype: str) -> Plan:
-        decode = Decode("dequant_mxfp4", (), "uint8", (4, 1), (1,))
-        source = Source(dtype, (4, 1, 16), (0,), decode)
-        axes = (AxisMap(0, (Factor(4, 1, 32),)), AxisMap(0, (Factor(32, 1, 1),)))
-        made = replace(coded, tensors=(Tensor("w", -1, 0, 64), Tensor("s", -1, 0, 4)))
-        change = {
-            "shape": (4, 32),
-            "chunk": (4, 32),
-            "unit": (4, 32),
-            "sources": (source,),
-            "parts": (Part(0, 0, 0, axes),),
-        }
-        return with_array(made, lambda a: replace(a, **change))  # type: ignore[arg-type]
-
-    check_plan(of("uint8"), "plan.json")
-    assert "uint8" in refusal(of("int8"))
 
 
 def test_an_export_that_the_compiler_writes_passes(export: Plan) -> None:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from ckptc.diagnostics import InputError
 from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.plan.json import digest, dumps, loads
-from ckptc.plan.model import FORMAT, Array, Choices, Decode, File, LeftOut, Made, Plan, Source, Tensor, Totals
+from ckptc.plan.model import FORMAT, Array, Beside, Choices, Decode, File, LeftOut, Made, Plan, Source, Tensor, Totals
 from ckptc.spec.resources import schema
 
 SHA = "sha256:" + "0123456789abcdef" * 4
@@ -32,7 +32,8 @@ STACKED = Part(
 )
 DECODED = Part(0, 0, 0, (AxisMap(0, (Factor(4, 1, 1),)),))
 CONSTANT = Part(None, 0, 0, (AxisMap(4, (Factor(2, 1, 0),)),), (("add", 1.0),), 0.25)
-CODES = Decode(op="dequant_block_fp8", block=(2, 2), dtype="float32", shape=(4,), tensors=(3,))
+SETTINGS = (("block", (2, 2)), ("flat", False), ("word", "größe"), ("number", 3))
+CODES = Decode(code="fp8", settings=SETTINGS, shape=(6,), beside=(Beside("float32", (4,), (3,)),))
 PLAN = Plan(
     made=Made("0.1.0", "tiny", "tinies", "none/tiny", SHA, SHA),
     choices=Choices("scanned", "bfloat16", False, 16, 1 << 28, "hub", DIMS),
@@ -212,6 +213,7 @@ def test_what_is_no_plan_at_all_is_refused(text: str | bytes) -> None:
         ["arrays", 0],
         ["arrays", 1, "sources", 0],
         ["arrays", 1, "sources", 0, "decode"],
+        ["arrays", 1, "sources", 0, "decode", "beside", 0],
         ["arrays", 0, "parts", 0],
         ["left_out", 0],
     ],
@@ -287,7 +289,7 @@ def test_a_tensor_that_is_not_there_is_refused() -> None:
 
 def test_a_tensor_of_scales_that_is_not_there_is_refused() -> None:
     def beyond(body: Any) -> None:
-        body["arrays"][1]["sources"][0]["decode"]["tensors"][0] = len(body["tensors"])
+        body["arrays"][1]["sources"][0]["decode"]["beside"][0]["tensors"][0] = len(body["tensors"])
 
     assert codes(signed(changed(beyond))) == {"invalid-plan"}
 
@@ -334,5 +336,7 @@ def consistent(body: Any) -> bool:
     """What a schema cannot say: offsets are in order, and what is named is there."""
     count = len(body["tensors"])
     sources = [s for a in body["arrays"] for s in a["sources"]]
-    named = [s["tensors"] for s in sources] + [s["decode"]["tensors"] for s in sources if "decode" in s]
+    named = [s["tensors"] for s in sources] + [
+        b["tensors"] for s in sources if "decode" in s for b in s["decode"]["beside"]
+    ]
     return all(row[2] <= row[3] for row in body["tensors"]) and all(n < count for numbers in named for n in numbers)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.plan.links import links, made
-from ckptc.plan.model import Array, Decode, Source
+from ckptc.plan.model import Array, Beside, Decode, Source
 
 Values = np.ndarray[Any, Any]
 
@@ -88,7 +88,12 @@ def test_arithmetic_other_dtypes_and_codes_are_not_linked() -> None:
     a = array((4, 3, 6), (4, 1, 6), (1, 2, 0), TURNED, source=STACK)
     assert links(replace(a, parts=(replace(TURNED, math=(("scale", 2.0),)),))).cells.size == 0
     assert links(replace(a, dtype="float16")).cells.size == 0
-    coded = replace(STACK, decode=Decode("dequant_block_fp8", (2, 2), "float32", (3, 2), (3, 4, 5)))
+    coded = replace(
+        STACK,
+        decode=Decode(
+            "fp8", (("block", (2, 2)), ("flat", False)), STACK.shape, (Beside("float32", (3, 2), (3, 4, 5)),)
+        ),
+    )
     assert links(replace(a, sources=(coded,))).cells.size == 0
     assert links(replace(a, parts=(replace(TURNED, math=(("cast", "bfloat16"),)),))).cells.size == 3
 

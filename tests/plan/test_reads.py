@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,21 @@ from hypothesis import strategies as st
 from tests.ops.evaluate import elements
 from tests.ops.strategies import boxes, chains
 
-from ckptc.ops import DequantBlockFp8, DequantMxfp4
-from ckptc.ops.dequant import RowLayout
+from ckptc.ops.codes import RowLayout
+from ckptc.ops.codes.fp8 import Fp8
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part, whole
-from ckptc.plan.model import Decode, Source
+from ckptc.plan.model import Beside, Decode, Source
 from ckptc.plan.reads import (
     GAP,
     WASTE,
     Read,
     aligned,
+    beside_runs,
     element_loops,
     need,
     places_in,
     plan_read,
     plan_rows,
-    scale_runs,
     tensors_of,
 )
 
@@ -107,7 +106,7 @@ def test_every_third_row_is_not() -> None:
 
 
 def rows_of_length(length: int, size: int) -> RowLayout:
-    return RowLayout((size // length,), (1,), length, length, 1)
+    return RowLayout((size // length,), length, length, ())
 
 
 @relaxed
@@ -117,7 +116,7 @@ def test_rows_hold_every_element_where_the_steps_say(case: tuple[Part, int], dat
     part, size = case
     length = data.draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
     rows = plan_rows(part, rows_of_length(length, size))
-    numbers = rows.scale_rows().tolist()  # with blocks of one row, a row's scales are those of its number
+    numbers = rows.numbers().tolist()
     assert len(numbers) == rows.count
     assert 0 <= min(numbers) <= max(numbers) < size // length
     decoded = [row * length + column for row in numbers for column in range(length)]
@@ -137,7 +136,7 @@ def test_a_row_is_read_where_its_place_says(case: tuple[Part, int], data: st.Dat
     read = [e for first, run in rows.read.runs() for e in range(first, first + run)]
     places = rows.places()
     assert len(places) == rows.count
-    for row, place in zip(rows.scale_rows().tolist(), places.tolist(), strict=True):
+    for row, place in zip(rows.numbers().tolist(), places.tolist(), strict=True):
         assert read[place * length : (place + 1) * length] == list(range(row * length, (row + 1) * length))
 
 
@@ -153,19 +152,19 @@ def test_whole_rows_in_any_order_are_decoded_once_each(data: st.DataObject) -> N
     part = Part(0, first * length + low, 0, tuple(data.draw(st.permutations(axes))))
     rows = plan_rows(part, rows_of_length(length, count * length))
     needed = sorted({e // length for e in wanted(part)[0]})
-    assert rows.scale_rows().tolist() == needed
+    assert rows.numbers().tolist() == needed
 
 
 def test_a_walk_over_the_ends_of_rows_decodes_all_rows_between() -> None:
     """Rows of 6 from element 3 on, in a tensor whose rows are 4 long."""
     part = Part(0, 3, 0, (AxisMap(0, (Factor(3, 1, 6),)), AxisMap(0, (Factor(6, 1, 1),))))
-    assert plan_rows(part, rows_of_length(4, 24)).scale_rows().tolist() == [0, 1, 2, 3, 4, 5]
+    assert plan_rows(part, rows_of_length(4, 24)).numbers().tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_step_may_move_on_along_the_row_too() -> None:
     """Elements 0, 9 and 18 in rows of 4: columns 0, 1 and 2 of every other row."""
     rows = plan_rows(Part(0, 0, 0, (whole(3, 9),)), rows_of_length(4, 24))
-    assert rows.scale_rows().tolist() == [0, 2, 4]
+    assert rows.numbers().tolist() == [0, 2, 4]
     assert rows.steps == (4 + 1,)
 
 
@@ -193,27 +192,20 @@ def test_rows_with_long_rows_between_are_read_apart() -> None:
 def test_a_row_has_the_scales_of_its_block(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     block = tuple(data.draw(st.lists(st.integers(1, 4), max_size=len(shape))))
-    op, lead = DequantBlockFp8(block), len(shape) - len(block)
-    layout = op.rows(shape)
-    scales = (*shape[:lead], *(-(-n // b) for n, b in zip(shape[lead:], block, strict=True)))
-    assert layout.scales == scales[-1]
+    layout, lead = Fp8(block).layout(shape), len(shape) - len(block)
+    (scales,) = layout.beside
+    grid = (*shape[:lead], *(-(-n // b) for n, b in zip(shape[lead:], block, strict=True)))
+    assert (scales.shape, layout.each(scales)) == (grid, grid[-1])
     each = (1,) * lead + block
     for row, index in enumerate(np.ndindex(*shape[:-1])):
-        expected = (
-            np.ravel_multi_index([i // b for i, b in zip(index, each, strict=False)], scales[:-1]) if index else 0
-        )
-        assert layout.scale_rows(np.array([row])).tolist() == [expected]
-
-
-def test_mxfp4_rows_are_groups_of_32_from_16_bytes() -> None:
-    layout = DequantMxfp4().rows((5, 7, 3, 16))
-    assert (layout.axes, layout.length, layout.stored, layout.scales) == ((5, 7), 96, 48, 3)
+        expected = np.ravel_multi_index([i // b for i, b in zip(index, each, strict=False)], grid[:-1]) if index else 0
+        assert layout.rows_of(scales, np.array([row])).tolist() == [expected]
 
 
 @relaxed
 @given(numbers=st.lists(st.integers(0, 60), min_size=1))
 def test_runs_of_scales_hold_all_and_waste_little(numbers: list[int]) -> None:
-    runs = scale_runs(np.array(numbers))
+    runs = beside_runs(np.array(numbers))
     held = [n for first, length in runs for n in range(first, first + length)]
     assert set(numbers) <= set(held)
     assert len(held) == len(set(held)) <= WASTE * len(set(numbers))
@@ -233,16 +225,26 @@ def test_a_plain_part_needs_what_it_reads() -> None:
 def test_a_decoded_part_needs_codes_scales_and_rows() -> None:
     """Three of eight rows, in the second and third of four blocks of rows, of each of two tensors."""
     part = Part(0, 3 * 10, 0, (whole(2, 0, 1), whole(3, 10), whole(4, 1)))
-    source = Source("float8_e4m3fn", (8, 10), (0, 1), Decode("dequant_block_fp8", (2, 4), "float32", (4, 3), (2, 3)))
-    found = need(part, source)
+    scales = Beside("float32", (4, 3), (2, 3))
+    decode = Decode("fp8", (("block", (2, 4)), ("flat", False)), (8, 10), (scales,))
+    found = need(part, Source("float8_e4m3fn", (8, 10), (0, 1), decode))
     assert found.values.runs() == [(30, 30)]
-    assert found.scales == [(1, 2)]
+    assert [b.runs for b in found.beside] == [[(3, 6)]], "the second and third row of scales, of three each"
+    assert found.beside[0].places.tolist() == [0, 1, 1]
     assert found.read == 2 * (30 + 2 * 3 * 4)
     assert found.memory == aligned(2 * 30) + aligned(2 * 2 * 3 * 4) + 2 * 3 * 10 * 4
 
 
 def test_mxfp4_codes_are_half_a_byte() -> None:
-    shape = (4, 2, 16)
-    source = Source("uint8", shape, (0,), Decode("dequant_mxfp4", (), "uint8", shape[:-1], (1,)))
-    found = need(Part(0, 0, 0, (whole(4, 64), whole(64, 1))), source)
-    assert (found.value_bytes, found.scale_bytes, found.decoded_bytes) == (prod(shape), 8, 4 * 64 * 4)
+    decode = Decode("mxfp4", (("groups", False),), (4, 64), (Beside("uint8", (4, 2), (1,)),))
+    found = need(Part(0, 0, 0, (whole(4, 64), whole(64, 1))), Source("uint8", (4, 32), (0,), decode))
+    assert (found.value_bytes, found.beside[0].bytes, found.decoded_bytes) == (4 * 32, 8, 4 * 64 * 4)
+
+
+def test_what_all_rows_share_is_needed_once() -> None:
+    """The scale of all of an nvfp4 weight, however few of its rows are needed."""
+    beside = (Beside("float8_e4m3fn", (6, 2), (1,)), Beside("float32", (1,), (2,)))
+    decode = Decode("nvfp4", (("divides", True),), (6, 32), beside)
+    found = need(Part(0, 2 * 32, 0, (whole(2, 3 * 32), whole(32, 1))), Source("uint8", (6, 16), (0,), decode))
+    assert [b.runs for b in found.beside] == [[(4, 8)], [(0, 1)]]
+    assert [b.places.tolist() for b in found.beside] == [[0, 3], [0, 0]]

@@ -23,7 +23,8 @@ from ckptc.compile.options import Options
 from ckptc.compile.schedule import account
 from ckptc.diagnostics import InputError
 from ckptc.ir.source import Checkpoint, SourceFile
-from ckptc.ops import Add, Axis, Cast, Concat, Decode, Pad, ReshapeHeads, Scale, Slice, Stack, TensorType, Transpose
+from ckptc.ops import Add, Axis, Cast, Concat, Pad, ReshapeHeads, Scale, Slice, Stack, TensorType, Transpose
+from ckptc.ops.codes import Code
 from ckptc.ops.nest import Part, whole
 from ckptc.plan import model
 from ckptc.plan.model import Array as Target
@@ -47,9 +48,9 @@ relaxed = settings(max_examples=100, deadline=None, suppress_health_check=list(H
 class Stored:
     """How a leaf's tensors lie in the file, where that is not as numbers."""
 
-    op: Decode
-    values: Sequence[Array]
-    scales: Sequence[Array]
+    code: Code
+    shape: Shape  # of the weight
+    tensors: Sequence[Sequence[Array]]  # of each weight, the codes and what is beside them
 
 
 @dataclass
@@ -82,22 +83,27 @@ def write(directory: Path, tensors: dict[str, Array]) -> Checkpoint:
 def plan_for(directory: Path, made: Made, chunk: Shape, unit: Shape, stored: dict[int, Stored] | None = None) -> Plan:
     """The plan of one array, its source tensors written to a file."""
     tensors: dict[str, Array] = {}
-    lists: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    lists: list[list[tuple[str, ...]]] = []  # of each source, the names of its tensors and of those beside them
     for number, arrays in enumerate(made.sources):
         how = (stored or {}).get(number)
-        named = {f"{number}.{i}.weight": t for i, t in enumerate(how.values if how else arrays)}
-        scales = {f"{number}.{i}.scales": t for i, t in enumerate(how.scales)} if how else {}
-        tensors |= named | scales
-        lists.append((tuple(named), tuple(scales)))
+        columns = list(zip(*how.tensors, strict=True)) if how else [tuple(arrays)]
+        named = [{f"{number}.{c}.{i}": t for i, t in enumerate(column)} for c, column in enumerate(columns)]
+        for column in named:
+            tensors |= column
+        lists.append([tuple(column) for column in named])
     checkpoint = write(directory, tensors)
     position = {name: i for i, name in enumerate(checkpoint.tensors)}
     sources = []
-    for number, (values, scales_) in enumerate(lists):
+    for number, (values, *others) in enumerate(lists):
         first, decode = checkpoint.tensors[values[0]], None
-        if scales_:
-            how, scale = (stored or {})[number], checkpoint.tensors[scales_[0]]
-            block = getattr(how.op, "block", ())
-            decode = model.Decode(how.op.name, block, scale.dtype, scale.shape, tuple(position[n] for n in scales_))
+        if number in (stored or {}):
+            how = (stored or {})[number]
+            beside = []
+            for column in others:
+                found = [checkpoint.tensors[name] for name in column]
+                most = max(found, key=lambda t: t.end - t.begin)
+                beside.append(model.Beside(most.dtype, most.shape, tuple(position[n] for n in column)))
+            decode = model.Decode(how.code.name, how.code.settings(), how.shape, tuple(beside))
         sources.append(model.Source(first.dtype, first.shape, tuple(position[n] for n in values), decode))
     type_, ones = made.type, (1,) * len(chunk)
     array = Target(
@@ -323,13 +329,9 @@ family: tiny
 target: maxtext
 dims:
   { layers: 3, experts: 2, embed: 80, mlp: 24, heads: 4, head_dim: 6, vocab: 20, padded_vocab: 23,
-    pairs: 48, groups: 3, packed: 16, wi: 2 }
+    hidden: 96, wi: 2 }
 models: { tiny: { repo: none/tiny } }
-decode:
-  - source: "*.down.weight"
-    stored: float8_e4m3fn
-    op: { dequant_block_fp8: { scales: "{{ stem }}.scale", block: [16, 32] } }
-  - { source: "*.gate_up", stored: uint8, op: { dequant_mxfp4: { scales: "{{ name }}_scales" } } }
+config: { quantization_config: { quant_method: fp8, weight_block_size: [16, 32] } }
 tensors:
   embedding: { from: embed.weight, as: vocab embed, ops: [{ scale: sqrt(embed) }, { pad: { vocab: padded_vocab } }] }
 blocks:
@@ -340,10 +342,7 @@ blocks:
     tensors:
       query: { from: q.weight, as: (heads head_dim) embed -> embed heads head_dim, ops: [{ permute_rope: head_dim }] }
       norm: { from: norm.weight, as: embed, ops: [{ add: 1 }], dtype: float32 }
-      out:
-        from: o.weight
-        as: embed mlp
-        ops: [{ dequant_block_fp8: { scales: o.scale, block: [16, 32] } }, { transpose: mlp embed }]
+      out: { from: o.weight, as: embed mlp, ops: [{ transpose: mlp embed }] }
       down:
         stack: { expert: experts }
         from: "{{ expert }}.down.weight"
@@ -352,8 +351,8 @@ blocks:
       "{{ wi }}":
         for: { wi: { gate: 0, up: 1 } }
         from: gate_up
-        as: experts pairs groups packed
-        ops: [{ rearrange: experts (mlp wi) groups -> experts groups mlp wi }, { slice: { wi: wi.value } }]
+        as: experts hidden (mlp wi) -> experts hidden mlp wi
+        ops: [{ slice: { wi: wi.value } }]
 """
 
 
@@ -388,7 +387,7 @@ def tiny_tensors() -> dict[str, Array]:
         shapes: dict[str, tuple[str, Shape]] = {
             "q.weight": ("bfloat16", (24, 80)),
             "norm.weight": ("bfloat16", (80,)),
-            "gate_up": ("uint8", (2, 48, 3, 16)),
+            "gate_up_blocks": ("uint8", (2, 48, 3, 16)),
             "gate_up_scales": ("uint8", (2, 48, 3)),
         }
         for fp8 in ("o", "0.down", "1.down"):
@@ -415,7 +414,7 @@ def tiny_arrays(tensors: dict[str, Array]) -> Callable[[tuple[str, ...]], Array]
             return block_fp8(at + "o").astype(bf16).T
         if name == "down":
             return np.stack([(block_fp8(f"{at}{e}.down") * np.float32(0.5)).astype(bf16).T for e in range(2)])
-        blocks, scales = tensors[at + "gate_up"], tensors[at + "gate_up_scales"]
+        blocks, scales = tensors[at + "gate_up_blocks"], tensors[at + "gate_up_scales"]
         values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
         pairs = values[np.stack([blocks & 15, blocks >> 4], -1)].reshape(2, 48, 3, 32)
         numbers = (pairs * np.exp2(scales.astype(np.float32) - 127)[..., None]).reshape(2, 48, 96).astype(bf16)

@@ -41,7 +41,7 @@ def refused(directory: Path, text: str) -> Diagnostic:
 def test_what_is_left_out_has_its_default(directory: Path) -> None:
     found = read(directory, HEAD + MODELS)
     assert (found.family, found.title, found.target, found.dims) == ("f", "", "maxtext", {"a": 1})
-    assert (found.multimodal, found.unsupported, found.decode, found.rules) == (False, (), (), ())
+    assert (found.multimodal, found.unsupported, found.rules) == (False, (), ())
     assert (found.blocks, found.ignore, found.sources) == ((), (), {"hub": {}})
 
 
@@ -108,18 +108,13 @@ def test_stacking_axes_are_neighbours_unless_each_is_given(
     assert block.places["scanned"][0].axis == expected
 
 
-def test_decode_unsupported_ignore_and_sources(directory: Path) -> None:
+def test_unsupported_ignore_and_sources(directory: Path) -> None:
     text = """\
-decode: [{ source: "*", stored: uint8, when: a == 1, op: { dequant_mxfp4: { scales: s } } }]
 unsupported: [{ layout: unscanned, reason: because }]
 ignore: [{ source: x, reason: because }, { source: "*.y", reason: why, when: false }]
 sources: { moved: { text: model.text }, hub: { text: model } }
 """
     found = read(directory, HEAD + MODELS + text)
-    (decoding,) = found.decode
-    assert (decoding.source, decoding.stored, decoding.when) == ("*", "uint8", "a == 1")
-    assert (decoding.op.name, decoding.op.argument) == ("dequant_mxfp4", {"scales": "s"})
-    assert found.document.span(decoding.op.where).line == 5
     assert [(u.layout, u.reason, u.when) for u in found.unsupported] == [("unscanned", "because", None)]
     assert [(i.source, i.when, i.where) for i in found.ignore] == [
         ("x", None, ("ignore", 0)),

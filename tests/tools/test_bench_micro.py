@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.ops.codes.decoding import placed
+from tests.ops.evaluate import same
 from tests.tools.test_bench import module, run
 
-from ckptc.ops import Axis, DequantBlockFp8, DequantMxfp4, TensorType
-from ckptc.ops.dequant import Decode
+from ckptc.ops.codes import Code
+from ckptc.ops.codes.fp8 import Fp8
+from ckptc.ops.codes.mxfp4 import Mxfp4
+from ckptc.ops.types import numpy_dtype
 from ckptc.plan.json import loads
 
 # Forked, to measure with what is loaded.
@@ -72,32 +76,26 @@ def test_a_rearrangement_is_what_its_name_says(
     assert size == prod(shape) * (2 + wide)
 
 
-@pytest.mark.parametrize(
-    ("op", "stored", "dtype", "scale_dtype"),
-    [
-        (DequantBlockFp8((4, 8)), (8, 16), "float8_e4m3fn", "float32"),
-        (DequantMxfp4(), (1, 3, 2, 16), "uint8", "uint8"),
-    ],
-)
-def test_what_is_decoded_is_the_whole_tensor(
-    op: Decode, stored: tuple[int, ...], dtype: str, scale_dtype: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("code", "shape"), [(Fp8((4, 8)), (8, 16)), (Mxfp4(True), (1, 64, 3))], ids=str)
+def test_what_is_decoded_is_the_whole_weight(
+    code: Code, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
     class Recording(kernels.Decoder):  # type: ignore[name-defined,misc]
-        def decode(self, rows: Any, dtype: str, codes: Any, scales: Any, places: Any, out: Any) -> None:
-            super().decode(rows, dtype, codes, scales, places, out)
-            seen[:] = [codes, scales, out]
+        def decode(self, how: Any, rows: Any, codes: Any, beside: Any, out: Any) -> None:
+            super().decode(how, rows, codes, beside, out)
+            seen[:] = [how.dtype, codes, beside[0].data, out]
 
     monkeypatch.setattr(kernels, "Decoder", Recording)
-    kernels.decoded(op, stored, dtype, scale_dtype)[0]()
-    codes, scales, out = seen
-    types = [TensorType(tuple(Axis(f"a{i}", n) for i, n in enumerate(stored)), dtype)]
-    shape = op.scales_shape(types[0])
-    types.append(TensorType(tuple(Axis(f"b{i}", n) for i, n in enumerate(shape)), scale_dtype))
-    values = codes.view(kernels.numpy_dtype(dtype)).reshape(stored)
+    once, size = kernels.decoded(code, shape)
+    once()
+    dtype, codes, scales, out = seen
+    stored = codes.view(numpy_dtype(dtype)).reshape(code.stored(shape))
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(out, op.forward([values, scales.reshape(shape)], types).reshape(-1))
+        expected = code.forward([stored, scales.reshape(code.layout(shape).beside[0].shape)], shape)
+    assert same(placed(code, shape, out), expected)
+    assert size == (codes.nbytes + scales.nbytes + 4 * prod(shape)) / 2
 
 
 def test_compiling_has_a_row_for_each_layout_or_the_reason_why_not(tmp_path: Path) -> None:

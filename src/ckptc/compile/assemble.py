@@ -19,6 +19,7 @@ from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
 from ckptc.compile.mesh import Partition, partition
 from ckptc.compile.options import Options
+from ckptc.compile.quantised import Quantised
 from ckptc.compile.schedule import (
     ACCOUNTED_MOST,
     UNIT_MOST,
@@ -32,7 +33,6 @@ from ckptc.compile.schedule import (
 from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph, Leaf, Target
 from ckptc.ir.source import Checkpoint, SourceTensor
-from ckptc.ops.dequant import MX_GROUP, DequantMxfp4
 from ckptc.plan import links
 from ckptc.plan import model as plan
 from ckptc.spec.mapping import Family, Model
@@ -50,6 +50,7 @@ def assemble(
     graph: Graph,
     folded: tuple[Folded, ...],
     checkpoint: Checkpoint | None,
+    quantised: Quantised,
 ) -> plan.Plan:
     """The plan of a checked graph."""
     table = _Table(checkpoint, folded)
@@ -81,17 +82,17 @@ def assemble(
         else (),
         tensors=table.rows,
         arrays=arrays,
-        left_out=_left_out(graph, checkpoint),
+        left_out=_left_out(graph, checkpoint, quantised),
         totals=_totals(arrays, table, options.compression != "none"),
     )
 
 
-def _left_out(graph: Graph, checkpoint: Checkpoint | None) -> tuple[plan.LeftOut, ...]:
+def _left_out(graph: Graph, checkpoint: Checkpoint | None, quantised: Quantised) -> tuple[plan.LeftOut, ...]:
     """With a checkpoint, the entries of `ignore` that cover some of its tensors; without, all of them."""
     tensors = checkpoint.tensors if checkpoint else {}
     return tuple(
         plan.LeftOut(x.pattern, x.reason, len(x.tensors), sum(tensors[n].end - tensors[n].begin for n in x.tensors))
-        for x in left_out(graph, tensors)
+        for x in left_out(graph, tensors, quantised)
         if x.tensors or not checkpoint
     )
 
@@ -124,7 +125,9 @@ def _reread(arrays: tuple[plan.Array, ...], reads: list[int], table: _Table) -> 
         return tensor
 
     for array, count in zip(arrays, reads, strict=True):
-        tensors = [t for s in array.sources for t in (*s.tensors, *(s.decode.tensors if s.decode else ()))]
+        decodes = [s.decode for s in array.sources if s.decode]
+        beside = [t for d in decodes for b in d.beside for t in b.tensors]
+        tensors = [*(t for s in array.sources for t in s.tensors), *beside]
         for tensor in tensors[:1]:
             read[tensor] = read.get(tensor, 0) + count
         for tensor in tensors[1:]:
@@ -147,8 +150,8 @@ class _Table:
         for leaf in (leaf for fold in folded for leaf in fold.leaves):
             stored = leaf.decoded.stored if leaf.decoded else leaf.each
             size.update(dict.fromkeys(leaf.tensors, stored.nbytes))
-            if leaf.decoded:
-                size.update(dict.fromkeys(leaf.decoded.scales, leaf.decoded.scale.nbytes))
+            for beside in leaf.decoded.beside if leaf.decoded else ():
+                size.update(dict.fromkeys(beside.tensors, beside.type.nbytes))
 
         def row(name: str) -> plan.Tensor:
             tensor = known.get(name)
@@ -216,14 +219,11 @@ def _source(leaf: Leaf, table: _Table) -> plan.Source:
     if leaf.decoded is None:
         return plan.Source(leaf.each.dtype, leaf.each.shape, positions)
     d = leaf.decoded
-    block = getattr(d.op, "block", ())
-    decode = plan.Decode(d.op.name, block, d.scale.dtype, d.scale.shape, tuple(table.position[n] for n in d.scales))
-    shape, dtype = d.stored.shape, d.stored.dtype
-    if isinstance(d.op, DequantMxfp4):
-        dtype = "uint8"  # the same bytes: a plan has one form of mxfp4
-    if isinstance(d.op, DequantMxfp4) and d.op.flat:
-        shape = (*shape[:-1], shape[-1] // (MX_GROUP // 2), MX_GROUP // 2)
-    return plan.Source(dtype, shape, positions, decode)
+    beside = tuple(
+        plan.Beside(b.type.dtype, b.type.shape, tuple(table.position[n] for n in b.tensors)) for b in d.beside
+    )
+    decode = plan.Decode(d.code.name, d.code.settings(), leaf.each.shape, beside)
+    return plan.Source(d.stored.dtype, d.stored.shape, positions, decode)
 
 
 def sha256(data: bytes) -> str:

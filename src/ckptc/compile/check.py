@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from math import prod
 
 from ckptc.diagnostics import Diagnostic, nearest
 from ckptc.ir.graph import Graph, Leaf, leaves
@@ -29,14 +30,16 @@ def missing(graph: Graph, tensors: Iterable[str]) -> int:
 
 
 def _names(leaf: Leaf) -> tuple[str, ...]:
-    return leaf.tensors + (leaf.decoded.scales if leaf.decoded else ())
+    return (*leaf.tensors, *(n for b in (leaf.decoded.beside if leaf.decoded else ()) for n in b.tensors))
 
 
 def _leaf(leaf: Leaf, rule: str, tensors: Mapping[str, SourceTensor], shapes: _Names) -> list[Diagnostic]:
     stored = leaf.decoded.stored if leaf.decoded else leaf.each
     problems = _list(leaf, leaf.tensors, stored, rule, tensors, shapes)
     if leaf.decoded:
-        problems += _list(leaf, leaf.decoded.scales, leaf.decoded.scale, rule, tensors, shapes)
+        for wanted, beside in zip(leaf.decoded.code.layout(leaf.each.shape).beside, leaf.decoded.beside, strict=True):
+            if not wanted.most:
+                problems += _list(leaf, beside.tensors, beside.type, rule, tensors, shapes)
     return problems
 
 
@@ -50,7 +53,8 @@ def _list(
 ) -> list[Diagnostic]:
     absent = [n for n in names if n not in tensors]
     here = [tensors[n] for n in names if n in tensors]
-    shaped = [t for t in here if t.shape != expected.shape]
+    one = expected.size == 1  # of a single number, the axes say nothing
+    shaped = [t for t in here if t.shape != expected.shape and not (one and prod(t.shape) == 1)]
     typed = [t for t in here if t.dtype != expected.dtype]
     out = []
     if absent:

@@ -8,16 +8,17 @@ The graph is verified when it is made; every check runs, and all that they find 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ckptc.compile.assemble import assemble
 from ckptc.compile.check import check, missing
-from ckptc.compile.coverage import LeftOut, coverage, unique_targets
+from ckptc.compile.coverage import coverage, unique_targets
 from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.expand import expand
 from ckptc.compile.fold import Folded, fold
 from ckptc.compile.options import Options
+from ckptc.compile.quantised import Quantised, find
 from ckptc.compile.scope import Scope
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph
@@ -36,13 +37,13 @@ class Compiled:
     graph: Graph
     folded: tuple[Folded, ...]
     tensors: Tensors | None  # None without a checkpoint
-    left_out: tuple[LeftOut, ...] = field(default=())
+    quantised: Quantised
 
 
 CHECKS: tuple[Callable[[Compiled], list[Diagnostic]], ...] = (
     lambda c: unique_targets(c.graph),
     lambda c: check(c.graph, c.tensors) if c.tensors is not None else [],
-    lambda c: coverage(c.graph, c.folded, c.tensors) if c.tensors is not None else [],
+    lambda c: coverage(c.graph, c.folded, c.tensors, c.quantised) if c.tensors is not None else [],
 )
 
 
@@ -57,12 +58,20 @@ def compile_plan(mapping: Family, model: Model, options: Options, checkpoint: Ch
     supported(mapping, model, options, names)
     tensors = checkpoint.tensors if checkpoint else None
     dtypes = {name: t.dtype for name, t in tensors.items()} if tensors is not None else None
-    naming, graph = expand_namings(mapping, options, dims, names, dtypes)
-    compiled = Compiled(graph, fold(graph), tensors)
+    quantised = decoded(options, config, checkpoint)
+    naming, graph = expand_namings(mapping, options, dims, names, dtypes, quantised)
+    compiled = Compiled(graph, fold(graph), tensors, quantised)
     problems = [d for step in CHECKS for d in step(compiled)]
     if problems:
         raise InputError(dict.fromkeys(problems))
-    return assemble(mapping, model, options, dims, naming, compiled.graph, compiled.folded, checkpoint)
+    return assemble(mapping, model, options, dims, naming, compiled.graph, compiled.folded, checkpoint, quantised)
+
+
+def decoded(options: Options, config: Mapping[str, Any], checkpoint: Checkpoint | None) -> Quantised:
+    """The weights that are decoded. None where codes are to stay codes: with `--dtype float8_e4m3fn`."""
+    if checkpoint is None or options.dtype.startswith("float8"):
+        return Quantised()
+    return find(config, checkpoint.tensors)
 
 
 def layouts(mapping: Family, model: Model) -> tuple[str, ...]:
@@ -95,13 +104,14 @@ def expand_namings(
     dims: Mapping[str, Any],
     names: dict[str, Any],
     dtypes: Mapping[str, str] | None,
+    quantised: Quantised | None = None,
 ) -> tuple[str, Graph]:
     """Expands under each of the mapping's namings; the names the checkpoint has decide which one it is.
 
     `dtypes`: of the checkpoint's tensors, by name. Without one, the first naming and the config's dtype are taken.
     """
     best: tuple[int, str, Graph] | None = None
-    for naming, graph in all_namings(mapping, options, dims, names, dtypes):
+    for naming, graph in all_namings(mapping, options, dims, names, dtypes, quantised):
         absent = missing(graph, dtypes) if dtypes is not None else 0
         if best is None or absent < best[0]:
             best = (absent, naming, graph)
@@ -117,6 +127,7 @@ def all_namings(
     dims: Mapping[str, Any],
     names: dict[str, Any],
     dtypes: Mapping[str, str] | None,
+    quantised: Quantised | None = None,
 ) -> Iterator[tuple[str, Graph]]:
     """The graph under each of the mapping's namings, in their order."""
     default = str(names["config"].get("torch_dtype") or names["config"].get("dtype") or "bfloat16")
@@ -125,8 +136,5 @@ def all_namings(
     def stored(name: str) -> str:
         return dtypes.get(name, default) if dtypes is not None else default
 
-    def present(name: str) -> bool:
-        return dtypes is not None and name in dtypes
-
     for naming, values in mapping.sources.items():
-        yield naming, verify(expand(mapping, options, dims, {**names, **values}, stored, present), "expand")
+        yield naming, verify(expand(mapping, options, dims, {**names, **values}, stored, quantised), "expand")

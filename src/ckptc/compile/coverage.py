@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptc.compile.fold import Folded
+from ckptc.compile.quantised import REASON, Quantised
 from ckptc.compile.scope import matches
 from ckptc.diagnostics import Diagnostic, Span, nearest
 from ckptc.ir.graph import Graph
@@ -36,12 +37,12 @@ class Consumption:
 
     elements: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     size: dict[str, int] = field(default_factory=dict)  # elements of each tensor, decoded
-    scales: set[str] = field(default_factory=set)
+    beside: set[str] = field(default_factory=set)  # tensors that decoding needs beside codes
     partial: set[str] = field(default_factory=set)  # tensors of which a rule says that it leaves some
     rules: dict[str, Span] = field(default_factory=dict)  # names, with `#` for numbers, and the rule that reads them
 
     def consumed(self, name: str) -> bool:
-        return name in self.size or name in self.scales
+        return name in self.size or name in self.beside
 
 
 def consumption(graph: Graph, folded: tuple[Folded, ...]) -> Consumption:
@@ -57,8 +58,8 @@ def consumption(graph: Graph, folded: tuple[Folded, ...]) -> Consumption:
                 out.elements[name] += sum(size for walk, size in parts if walk not in known)
                 known.update(walk for walk, _ in parts)
                 out.size[name] = leaf.each.size
-            if leaf.decoded:
-                out.scales.update(leaf.decoded.scales)
+            for beside in leaf.decoded.beside if leaf.decoded else ():
+                out.beside.update(beside.tensors)
             if target.partial:
                 out.partial.update(leaf.tensors)
     return out
@@ -86,7 +87,9 @@ def unique_targets(graph: Graph) -> list[Diagnostic]:
     return problems
 
 
-def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: Mapping[str, SourceTensor]) -> list[Diagnostic]:
+def coverage(
+    graph: Graph, folded: tuple[Folded, ...], tensors: Mapping[str, SourceTensor], quantised: Quantised
+) -> list[Diagnostic]:
     """`unconsumed-tensor`, `partly-consumed-tensor`, `ignored-and-consumed`: one for tensors that differ in numbers only."""
     read = consumption(graph, folded)
     problems = []
@@ -96,7 +99,8 @@ def coverage(graph: Graph, folded: tuple[Folded, ...], tensors: Mapping[str, Sou
             problems.append(
                 Diagnostic("ignored-and-consumed", f"`{both}` is ignored, but a rule consumes it", ignored.span)
             )
-    left = [n for n in tensors if not read.consumed(n) and not any(matches(n, *i.patterns) for i in graph.ignored)]
+    unused, patterns = set(quantised.unused), tuple(p for i in graph.ignored for p in i.patterns)
+    left = [n for n in tensors if not read.consumed(n) and n not in unused and not quantised.ignored(n, patterns)]
     if left:
         problems.append(_unconsumed(left, read, tensors))
     for target, fold in zip(graph.targets, folded, strict=True):
@@ -120,13 +124,18 @@ def _unconsumed(left: list[str], read: Consumption, tensors: Mapping[str, Source
     return Diagnostic("unconsumed-tensor", f"no rule consumes {count} of the checkpoint", span, tuple(notes), help)
 
 
-def left_out(graph: Graph, tensors: Iterable[str]) -> tuple[LeftOut, ...]:
-    """The tensors each entry of `ignore` covers; one that several cover counts for the first."""
+def left_out(graph: Graph, tensors: Iterable[str], quantised: Quantised) -> tuple[LeftOut, ...]:
+    """The tensors each entry of `ignore` covers; one that several cover counts for the first. And those that decoding
+    does not need, by the last part of their names."""
     rest, out = list(tensors), []
     for ignored in graph.ignored:
-        covered = tuple(n for n in rest if matches(n, *ignored.patterns))
-        rest = [n for n in rest if not matches(n, *ignored.patterns)]
+        covered = tuple(n for n in rest if quantised.ignored(n, ignored.patterns))
+        rest = [n for n in rest if not quantised.ignored(n, ignored.patterns)]
         out.append(LeftOut(ignored.shown, ignored.reason, covered))
+    there, unused = set(rest), defaultdict[str, list[str]](list)
+    for name in (n for n in quantised.unused if n in there):
+        unused[f"*.{name.rpartition('.')[2]}"].append(name)
+    out += [LeftOut(pattern, REASON, tuple(names)) for pattern, names in sorted(unused.items())]
     return tuple(out)
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptc.compile.options import Options
-from ckptc.compile.scope import Names, Scope, matches
+from ckptc.compile.quantised import Quantised
+from ckptc.compile.scope import Names, Scope
+from ckptc.compile.sources import source
 from ckptc.compile.vocabulary import build_op
 from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.ir.graph import Apply, Decoded, Fill, Graph, Ignored, Leaf, Node, Target
-from ckptc.ops import Cast, Decode, Op, OpError, Rearrange, Stack, TensorType
+from ckptc.ir.graph import Apply, Fill, Graph, Ignored, Node, Target, leaves
+from ckptc.ops import Cast, Op, OpError, Rearrange, Stack, TensorType
 from ckptc.ops.rearrange import SizedGroup, fused
 from ckptc.ops.types import Axis, is_float
 from ckptc.spec.document import Path_
@@ -34,7 +36,7 @@ class _Expansion:
     scope: Scope
     options: Options
     stored: StoredDtype
-    present: Callable[[str], bool]
+    quantised: Quantised
     targets: list[Target] = field(default_factory=list)
     problems: list[Diagnostic] = field(default_factory=list)
 
@@ -58,14 +60,14 @@ def expand(
     dims: Mapping[str, Any],
     names: Names,
     stored: StoredDtype,
-    present: Callable[[str], bool] = lambda name: True,
+    quantised: Quantised | None = None,
 ) -> Graph:
-    """The graph of one model in one layout. `names` are the dims, `config`, and the source variant's values; `present` says
-    whether the checkpoint has a tensor.
+    """The graph of one model in one layout. `names` are the dims, `config`, and the source variant's values; `stored` says
+    a tensor's dtype, and `quantised` which weights are stored as codes.
 
     Raises InputError with the problems of every rule.
     """
-    work = _Expansion(mapping, Scope(mapping.document, dims), options, stored, present)
+    work = _Expansion(mapping, Scope(mapping.document, dims), options, stored, quantised or Quantised())
     top = _Here("", (), [names], [""], (), "")
     for rule in mapping.rules:
         _guarded(work, lambda rule=rule: _expand_rule(work, rule, top))  # type: ignore[misc]
@@ -231,9 +233,7 @@ class _Chain:
                 f"`{clash[0]}` is a stacking variable of the layout, not an axis of this tensor",
                 "invalid-pattern",
             )
-        each = _bare(left, self.work.stored(tensors[0]))
-        leaf = Leaf(tensors, (*self.here.grid, *inner), each, self.scope.span((*origin.where, "from")))
-        node: Node = self._decoded(leaf)
+        node = self._source(tensors, (*self.here.grid, *inner), _bare(left, "float32"), (*origin.where, "from"))
         if pattern.right is None and inner:
             missing = " ".join(a.name for a in inner)
             raise self.scope.error(
@@ -254,6 +254,15 @@ class _Chain:
             self.steps.append(" ".join(pattern_text.split()))
         for spec in origin.ops:
             node = self._apply(spec, (node,))
+        return node
+
+    def _source(self, names: tuple[str, ...], grid: tuple[Axis, ...], each: TensorType, where: Path_) -> Node:
+        quantised, stored = self.work.quantised, self.work.stored
+        try:
+            node = source(names, grid, each, quantised, stored, self.scope.span(where))
+        except OpError as error:
+            raise self.scope.error(where, str(error), "op-mismatch", notes=(f"expected: {each}",)) from None
+        self.steps += dict.fromkeys(leaf.decoded.code.describe() for leaf in leaves(node) if leaf.decoded)
         return node
 
     def _tensors(self, origin: Origin) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
@@ -288,69 +297,12 @@ class _Chain:
             raise self._op_error(error, nodes, spec.where) from None
         step = " ".join(spec.argument.split()) if spec.name == "rearrange" else op.describe()
         self.steps.append(self.scope.with_reason(step, spec.where))
-        if isinstance(op, Decode):
-            return self._decode(op, spec, nodes)
         node = self._op(op, nodes, spec.where)
         if isinstance(op, Stack) and self.batch:
             # A new axis leads; the layers lead it.
             new, *old = _single(node.type.axes)
             node = self._op(Rearrange((new, *old), (*old[: self.batch], new, *old[self.batch :])), (node,), spec.where)
         return node
-
-    def _decoded(self, leaf: Leaf) -> Leaf:
-        """The leaf, decoded where an entry of `decode` matches its tensors and their stored dtype."""
-        for entry in self.work.mapping.decode:
-            name = leaf.tensors[0]
-            if (
-                not matches(name, entry.source)
-                or self.work.stored(name) != entry.stored
-                or not self.scope.holds(entry.when, self.names, entry.where)
-            ):
-                continue
-            where = (*entry.op.where, "scales")
-            template = entry.op.argument["scales"]
-            scales = [
-                self.scope.text(template, {**self.names, "name": n, "stem": n.removesuffix(".weight")}, where)
-                for n in leaf.tensors
-            ]
-            op = build_op(entry.op, leaf.each, 0, self.scope, self.names)
-            assert isinstance(op, Decode)
-            self.steps.append(op.describe())
-            try:  # the rule speaks of the decoded tensor
-                stored = Leaf(leaf.tensors, leaf.grid, op.stored(leaf.each), leaf.span)
-            except OpError as error:
-                raise self._op_error(error, (leaf,), entry.op.where) from None
-            return self._decoded_leaf(op, stored, scales, entry.op.where)
-        return leaf
-
-    def _decode(self, op: Decode, spec: OpSpec, nodes: tuple[Node, ...]) -> Node:
-        leaf = nodes[0]
-        if len(nodes) != 1 or not isinstance(leaf, Leaf):
-            raise self.scope.error(
-                spec.where,
-                f"`{op.name}` decodes a source tensor as it is stored: it comes first",
-                "op-mismatch",
-                help="let `as` only name the axes, and `rearrange` after",
-            )
-        where = (*spec.where, "scales")
-        names = [
-            prefix + self.scope.text(spec.argument["scales"], p, where)
-            for point, prefix in zip(self.points, self.here.prefixes, strict=True)
-            for p in self.scope.stack(self.rule.stack, point, self.rule.where)[1]
-        ]
-        return self._decoded_leaf(op, leaf, names, spec.where)
-
-    def _decoded_leaf(self, op: Decode, leaf: Leaf, names: list[str], where: Path_) -> Leaf:
-        # A tensor that is not there has no dtype: one that fits is assumed, and the check says that it is missing.
-        stored = leaf.each if self.work.present(leaf.tensors[0]) else TensorType(leaf.each.axes, op.dtypes[0])
-        leaf = Leaf(leaf.tensors, leaf.grid, stored, leaf.span)
-        scale_dtype = self.work.stored(names[0]) if self.work.present(names[0]) else op.scale_dtypes[0]
-        try:
-            scale = TensorType(tuple(Axis("", n) for n in op.scales_shape(leaf.each)), scale_dtype)
-            each = op.infer([leaf.each, scale])
-        except OpError as error:
-            raise self._op_error(error, (leaf,), where) from None
-        return Leaf(leaf.tensors, leaf.grid, each, leaf.span, Decoded(op, leaf.each, tuple(names), scale))
 
     def _op(self, op: Op, nodes: tuple[Node, ...], where: Path_) -> Node:
         try:

@@ -21,6 +21,7 @@ from ckptc.compile.config import adapt, stated_dtype
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
 from ckptc.compile.match import SHOWN, problems
+from ckptc.compile.quantised import plain
 from ckptc.compile.reading import SCALES, ExportOptions, Reading, read
 from ckptc.compile.rounding import exactness, invert_math, worst
 from ckptc.compile.units import schedule
@@ -42,11 +43,12 @@ def compile_export(
     """The plan. Raises InputError with everything that is wrong, found before an array is read."""
     _require_parameters(saved)
     config = original.config if original and original.config else model.config
+    original, decoded = plain(original)
     found = read(mapping, model, options, saved, original, config)
     wrong = problems(found.graph, found.matched, options.multimodal if mapping.multimodal else None)
     if wrong:
         raise InputError(dict.fromkeys(wrong))
-    return _Export(mapping, model, options, saved, original, config, found).records()
+    return _Export(mapping, model, options, saved, original, config, found, decoded).records()
 
 
 def _require_parameters(saved: Saved) -> None:
@@ -73,6 +75,7 @@ class _Export:
         original: Original | None,
         config: Mapping[str, Any],
         read: Reading,
+        decoded: list[tuple[str, int]],
     ) -> None:
         self.mapping, self.model, self.options = mapping, model, options
         self.saved, self.original, self.config, self.read = saved, original, config, read
@@ -82,7 +85,7 @@ class _Export:
         self.alike = [Stored(a.shape, a.dtype, a.chunk) for a in self.stored]
         self.cut: dict[str, tuple[int, int]] = {}
         self.problems: list[Diagnostic] = []
-        self.decoded: Counter[str] = Counter()
+        self.decoded = decoded
         self.codes: set[str] = set()  # tensors of codes, and their scales, that the checkpoint itself holds
         self.kinds: dict[Kind, int] = {}
         self.known: dict[object, tuple[int, tuple[tuple[int, int, int], ...]]] = {}  # kind and places, by pieces
@@ -167,12 +170,9 @@ class _Export:
 
     def _dtype(self, tensor: Inverted) -> str:
         """What a tensor is written as."""
-        leaf, stored = tensor.leaf, self.stored[tensor.pieces[0].template.target].dtype
+        stored = self.stored[tensor.pieces[0].template.target].dtype
         known = self.original.dtypes.get(tensor.name) if self.original and self.original.dtypes else None
         default = stated_dtype(self.config)
-        if leaf.decoded:
-            self.decoded[leaf.decoded.stored.dtype] += 1
-            return self.options.dtype or default
         if known is not None and not is_float(known):
             return known
         if not is_float(stored) or tensor.name in self.codes:
@@ -281,10 +281,8 @@ class _Export:
         notes = []
         if self.saved.place:
             notes.append(f"reads {self.saved.place}")
-        for dtype, count in self.decoded.items():
-            notes.append(
-                f"{count} tensors that the original stores as {dtype} with scales are written as plain numbers"
-            )
+        for code, count in self.decoded:
+            notes.append(f"{count} weights that the original stores as {code} are written as plain numbers")
         if twins:
             notes.append(
                 "some tensors are stored twice: the first array, by path, is taken, and a run compares the others"

@@ -47,12 +47,15 @@ def _fold(node: Node, numbers: Iterator[int]) -> list[Part]:
 
 
 def leaf_part(leaf: Leaf, number: int) -> Part:
-    """A leaf as it is: its grid counts tensors, its own axes count elements, both row-major."""
+    """A leaf as it is: its grid counts tensors, its own axes count elements, both row-major unless a code says otherwise."""
     axes: list[AxisMap] = []
     step = prod(a.size for a in leaf.grid)
     for axis in leaf.grid:
         step //= axis.size
         axes.append(whole(axis.size, 0, step))
+    if leaf.decoded:
+        axes += leaf.decoded.code.place(leaf.each.shape)
+        return Part(number, 0, 0, tuple(axes))
     step = leaf.each.size
     for axis in leaf.each.axes:
         step //= axis.size

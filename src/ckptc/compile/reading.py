@@ -123,12 +123,10 @@ def _read_as(
 def _unfit(graph: Graph) -> bool:
     """Whether a naming is none to export under.
 
-    Tensors would be packed codes, of another shape than their numbers, or tensors of scales would be without their codes.
+    Tensors of scales would be without their codes.
     """
-    found = [leaf for t in graph.targets for leaf in leaves(t.node)]
-    packed = any(leaf.decoded is not None and leaf.decoded.stored.shape != leaf.each.shape for leaf in found)
-    names = {name for leaf in found for name in leaf.tensors}
-    return packed or any(n.endswith(SCALES) and n.removesuffix(SCALES) not in names for n in names)
+    names = {name for t in graph.targets for leaf in leaves(t.node) for name in leaf.tensors}
+    return any(n.endswith(SCALES) and n.removesuffix(SCALES) not in names for n in names)
 
 
 def _paddings(mapping: Family, read: Reading) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckptc.compile.assemble import sha256
-from ckptc.compile.compiler import expand_namings
+from ckptc.compile.compiler import decoded, expand_namings
 from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.options import Options
 from ckptc.diagnostics import fail
@@ -45,7 +45,7 @@ def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoin
     dims = evaluate_dims(mapping, model, config, given)
     names: dict[str, Any] = {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}
     dtypes = {name: t.dtype for name, t in checkpoint.tensors.items()}
-    _, graph = expand_namings(mapping, options, dims, names, dtypes)
+    _, graph = expand_namings(mapping, options, dims, names, dtypes, decoded(options, config, checkpoint))
     made = {(t.path, t.type.shape, t.type.dtype) for t in graph.targets}
     planned = {(a.path, a.shape, a.dtype) for a in plan.arrays}
     if made != planned:

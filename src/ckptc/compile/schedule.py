@@ -102,7 +102,7 @@ def _choose(
     """A chunk and a unit of at most `limit` elements, or of one row of `row` elements of the largest part's source."""
     main = _main(parts)
     unit, chunk = [1] * len(shape), [1] * len(shape)
-    for axis in _fastest_first(shape, main):
+    for axis in _fastest_first(shape, main, row):
         size, room = shape[axis], limit // prod(unit)
         share = size // shards[axis]
         if room >= size or (main is not None and _within_row(main.axes[axis], row)):
@@ -135,15 +135,18 @@ def _portion(size: int, room: int, whole: bool = False) -> int:
     return next((size // k for k in enough if size % k == 0 and size // k * 2 > even), even)
 
 
-def _fastest_first(shape: tuple[int, ...], main: Part | None) -> list[int]:
-    """The axes in the order in which the largest part's source stores them."""
+def _fastest_first(shape: tuple[int, ...], main: Part | None, row: int) -> list[int]:
+    """The axes in the order in which the largest part's source stores them, those within a row of it first."""
     if main is None:
         return list(reversed(range(len(shape))))
 
     def order(axis: int) -> tuple[int, int]:
         factors = main.axes[axis].factors
         stacked = [f.tensor for f in factors if f.tensor]
-        return (1, max(stacked)) if stacked else (0, min((f.step for f in factors if f.step), default=0))
+        if stacked:
+            return (2, max(stacked))
+        steps = [f.step for f in factors if f.step]
+        return (0 if not row or max(steps, default=0) < row else 1, min(steps, default=0))
 
     return sorted(range(len(shape)), key=order)
 

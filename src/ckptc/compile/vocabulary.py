@@ -10,8 +10,6 @@ from ckptc.ops import (
     Axis,
     Cast,
     Concat,
-    DequantBlockFp8,
-    DequantMxfp4,
     Interleave,
     Op,
     OpError,
@@ -81,10 +79,6 @@ def build_op(spec: OpSpec, input: TensorType, batch: int, scope: Scope, names: N
             return (Pad if spec.name == "pad" else Resize)(axis, integer(size))
         case "cast":
             return Cast(argument)
-        case "dequant_block_fp8":
-            return DequantBlockFp8(tuple(integer(b) for b in argument["block"]))
-        case "dequant_mxfp4":
-            return DequantMxfp4(bool(argument.get("flat", False)))
     raise AssertionError(f"the schema lets `{spec.name}` through, but there is no such op")
 
 

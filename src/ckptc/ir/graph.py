@@ -10,18 +10,25 @@ from dataclasses import dataclass
 
 from ckptc.diagnostics import Span
 from ckptc.ops.base import Op
-from ckptc.ops.dequant import Decode
+from ckptc.ops.codes import Code
 from ckptc.ops.types import Axis, TensorType
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
-    """How a leaf's tensors are stored, where that is not as numbers: the op, and the list of scales beside the list of values."""
+class Beside:
+    """Tensors beside those of a leaf, one for each."""
 
-    op: Decode
-    stored: TensorType  # one tensor of values
-    scales: tuple[str, ...]
-    scale: TensorType  # one tensor of scales
+    tensors: tuple[str, ...]
+    type: TensorType  # of one tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """How a leaf's tensors are stored, where that is not as numbers: the code, and what is beside the tensors of codes."""
+
+    code: Code
+    stored: TensorType  # one tensor of codes
+    beside: tuple[Beside, ...]
 
 
 @dataclass(frozen=True, slots=True)

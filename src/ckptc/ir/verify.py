@@ -31,8 +31,11 @@ def _verify(node: Node, where: str) -> None:
             raise VerifyError(f"{where}: {len(node.tensors)} tensors for a grid of {[str(a) for a in node.grid]}")
         if any(a.size < 1 for a in node.type.axes):
             raise VerifyError(f"{where}: an empty axis in {node.type}")
-        if node.decoded and node.decoded.op.infer((node.decoded.stored, node.decoded.scale)) != node.each:
-            raise VerifyError(f"{where}: decoding gives another type than {node.each}")
+        d = node.decoded
+        if d and (d.code.stored(node.each.shape) != d.stored.shape or node.each.dtype != "float32"):
+            raise VerifyError(f"{where}: {d.code.describe()} decodes {d.stored} to another type than {node.each}")
+        if d and any(len(b.tensors) != len(node.tensors) for b in d.beside):
+            raise VerifyError(f"{where}: other numbers of tensors of codes than beside them")
         return
     if isinstance(node, Fill):
         return

@@ -2,7 +2,6 @@
 
 from ckptc.ops.arithmetic import Add, Cast, Scale
 from ckptc.ops.base import Inverse, Op, infer_chain
-from ckptc.ops.dequant import Decode, DequantBlockFp8, DequantMxfp4
 from ckptc.ops.joining import Concat, Stack
 from ckptc.ops.padding import Pad, Resize
 from ckptc.ops.rearrange import Rearrange
@@ -12,11 +11,10 @@ from ckptc.ops.types import Axis, OpError, TensorType
 
 VOCABULARY: tuple[type[Op], ...] = (
     Rearrange, Transpose, ReshapeHeads, SplitLast, Split, Slice, Concat, Stack, Interleave, PermuteRope, Scale, Add, Pad, Resize, Cast,
-    DequantBlockFp8, DequantMxfp4,
 )  # fmt: skip
 
 __all__ = [
-    "VOCABULARY", "Add", "Axis", "Cast", "Concat", "Decode", "DequantBlockFp8", "DequantMxfp4", "Interleave", "Inverse", "Op", "OpError",
+    "VOCABULARY", "Add", "Axis", "Cast", "Concat", "Interleave", "Inverse", "Op", "OpError",
     "Pad", "PermuteRope", "Rearrange", "ReshapeHeads", "Resize", "Scale", "Slice", "Split", "SplitLast", "Stack", "TensorType", "Transpose",
     "infer_chain",
 ]  # fmt: skip

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import fail
-from ckptc.ops.dequant import decode_op
+from ckptc.ops.codes import Found, check_beside, code_of
 from ckptc.ops.nest import AxisMap, Part, restrict_part
-from ckptc.ops.types import Axis, OpError, TensorType, is_float, itemsize
+from ckptc.ops.types import OpError, is_float, itemsize
 from ckptc.plan.links import linked_bytes
 from ckptc.plan.model import Array, Decode, Plan, Source
 
@@ -150,19 +150,22 @@ def _check_mesh(plan: Plan, array: Array) -> None:
 
 def _kind(source: Source) -> tuple[object, ...]:
     d = source.decode
-    return (source.dtype, source.shape, len(source.tensors), d and (d.op, d.block, d.dtype, d.shape, len(d.tensors)))
+    return (source.dtype, source.shape, len(source.tensors), d and (d.kind, tuple(len(b.tensors) for b in d.beside)))
 
 
 def check_tensors(plan: Plan, array: Array, source: Source) -> None:
-    """Every tensor of a source has the bytes of its shape and dtype. Raises PlanError or OpError."""
-    lists = [(source.tensors, source.shape, source.dtype)]
+    """Every tensor of a source has the bytes of its shape and dtype. Raises PlanError, OpError or ValueError."""
+    lists = [(source.tensors, source.shape, source.dtype, False)]
     if source.decode:
-        lists.append((source.decode.tensors, source.decode.shape, source.decode.dtype))
-    for positions, shape, dtype in lists:
+        _check_decode(source, source.decode)
+        layout = code_of(source.decode.code, source.decode.settings).layout(source.decode.shape)
+        wanted = zip(source.decode.beside, layout.beside, strict=True)
+        lists += [(b.tensors, b.shape, b.dtype, w.most) for b, w in wanted]
+    for positions, shape, dtype, most in lists:
         expected = prod(shape) * itemsize(dtype)
         for position in positions:
             tensor = plan.tensors[position]
-            if tensor.end - tensor.begin != expected:
+            if tensor.end - tensor.begin != expected and not (most and tensor.end - tensor.begin < expected):
                 found = tensor.end - tensor.begin
                 raise PlanError(f"`{tensor.name}` has {found} bytes, `{array.name}` reads {expected}")
 
@@ -241,8 +244,8 @@ def check_part(part: Part, array: Array) -> None:
         last += sum((f.size - 1) * f.step for f in axis.factors)
         last_tensor += sum((f.size - 1) * f.tensor for f in axis.factors)
     if source is not None:
-        if last >= _elements(source):
-            raise ValueError(f"a part reads element {last} of a tensor of {_elements(source)}")
+        if last >= source.elements:
+            raise ValueError(f"a part reads element {last} of a tensor of {source.elements}")
         if last_tensor >= len(source.tensors):
             raise ValueError(f"a part reads tensor {last_tensor} of {len(source.tensors)}")
         if source.decode:
@@ -259,15 +262,9 @@ def check_part(part: Part, array: Array) -> None:
 
 
 def _check_decode(source: Source, decode: Decode) -> None:
-    if len(decode.tensors) != len(source.tensors):
-        raise ValueError("values and scales differ in number")
-    values, scales = (TensorType(tuple(Axis("", n) for n in x.shape), x.dtype) for x in (source, decode))
-    if values.dtype == "int8":
-        raise ValueError("codes of mxfp4 are uint8 to a plan")
-    decode_op(decode.op, decode.block).infer([values, scales])
-
-
-def _elements(source: Source) -> int:
-    """Elements of one tensor, decoded: a byte of mxfp4 holds two."""
-    size = prod(source.shape)
-    return size * 2 if source.decode and source.decode.op == "dequant_mxfp4" else size
+    if any(len(b.tensors) != len(source.tensors) for b in decode.beside):
+        raise ValueError("tensors of codes and those beside them differ in number")
+    code = code_of(decode.code, decode.settings)
+    if source.dtype not in code.dtypes or source.shape != code.stored(decode.shape):
+        raise ValueError(f"{code.name} of {list(decode.shape)} is no {source.dtype}{list(source.shape)}")
+    check_beside(code, decode.shape, [Found(b.dtype, b.shape) for b in decode.beside])

@@ -21,6 +21,7 @@ from ckptc.plan.export_json import decode_outputs, distinct, encode_outputs, inv
 from ckptc.plan.model import (
     FORMAT,
     Array,
+    Beside,
     Choices,
     Decode,
     File,
@@ -117,13 +118,21 @@ def _array(array: Array) -> dict[str, Any]:
             del record[key]
     record["path"] = array.name
     record["sources"] = [
-        {k: _record(v) if isinstance(v, Decode) else v for k, v in _record(s).items() if v is not None}
+        {k: _decode_record(v) if isinstance(v, Decode) else v for k, v in _record(s).items() if v is not None}
         for s in array.sources
     ]
     record["parts"] = [_part(p) for p in array.parts]
     if array.link is None:
         del record["link"]
     return record
+
+
+def _decode_record(decode: Decode) -> dict[str, Any]:
+    return {
+        **_record(decode),
+        "settings": [list(s) for s in decode.settings],
+        "beside": [_record(b) for b in decode.beside],
+    }
 
 
 def _part(part: Part) -> dict[str, Any]:
@@ -239,12 +248,10 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
     short = []
     for source in array["sources"]:
         if isinstance(source, dict) and isinstance(source.get("tensors"), list):
-            lists.append(source["tensors"])
-            source = {**source, "tensors": [0] * min(1, len(source["tensors"]))}
+            source = _without_list(source, lists)
             decode = source.get("decode")
-            if isinstance(decode, dict) and isinstance(decode.get("tensors"), list):
-                lists.append(decode["tensors"])
-                source["decode"] = {**decode, "tensors": [0] * min(1, len(decode["tensors"]))}
+            if isinstance(decode, dict) and isinstance(decode.get("beside"), list):
+                source["decode"] = {**decode, "beside": [_without_list(b, lists) for b in decode["beside"]]}
         short.append(source)
     parts = array.get("parts")
     if isinstance(parts, list):
@@ -253,6 +260,13 @@ def _without_lists(array: Any, lists: list[list[Any]]) -> Any:
     if isinstance(path, str) and all(path.split("/")):
         path = "checked"
     return {**array, "path": path, "sources": short}
+
+
+def _without_list(record: Any, lists: list[list[Any]]) -> Any:
+    if not isinstance(record, dict) or not isinstance(record.get("tensors"), list):
+        return record
+    lists.append(record["tensors"])
+    return {**record, "tensors": [0] * min(1, len(record["tensors"]))}
 
 
 @cache
@@ -298,7 +312,11 @@ def _decode_array(a: dict[str, Any]) -> Array:
 
 def _decode_source(s: dict[str, Any]) -> Source:
     d = s.get("decode")
-    decoded = Decode(d["op"], tuple(d["block"]), d["dtype"], tuple(d["shape"]), tuple(d["tensors"])) if d else None
+    decoded = None
+    if d:
+        settings = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in d["settings"])
+        beside = tuple(Beside(b["dtype"], tuple(b["shape"]), tuple(b["tensors"])) for b in d["beside"])
+        decoded = Decode(d["code"], settings, tuple(d["shape"]), beside)
     return Source(s["dtype"], tuple(s["shape"]), tuple(s["tensors"]), decoded)
 
 

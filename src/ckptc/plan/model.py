@@ -46,8 +46,7 @@ class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Source(Struct, frozen=True, forbid_unknown_fields=True):
-    """Equally shaped tensors that an array reads: positions in `Plan.tensors`. With `decode`, they are stored codes: the op's
-    name, its block, and the scales' dtype, shape and positions."""
+    """Equally shaped tensors that an array reads: positions in `Plan.tensors`. With `decode`, they are stored codes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,15 +61,34 @@ class Source(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def kind(self) -> Source:
         """The source without its tensors: all that arrays of different layers have in common."""
-        return replace(self, tensors=(), decode=self.decode and replace(self.decode, tensors=()))
+        return replace(self, tensors=(), decode=self.decode and self.decode.kind)
+
+    @property
+    def elements(self) -> int:
+        """Elements of one tensor, decoded."""
+        return prod(self.decode.shape if self.decode else self.shape)
 
 
-class Decode(Struct, frozen=True, forbid_unknown_fields=True):
-    op: str
-    block: tuple[int, ...]
+class Beside(Struct, frozen=True, forbid_unknown_fields=True):
+    """Tensors that decoding needs beside the codes, one for each tensor of codes (`ckptc.ops.codes`)."""
+
     dtype: str
     shape: tuple[int, ...]
     tensors: tuple[int, ...]
+
+
+class Decode(Struct, frozen=True, forbid_unknown_fields=True):
+    """How codes become numbers: a code by name with its settings, and what is beside the tensors of codes."""
+
+    code: str
+    settings: tuple[tuple[str, int | bool | str | tuple[int, ...]], ...]
+    shape: tuple[int, ...]  # of the weight that a tensor decodes to
+    beside: tuple[Beside, ...]
+
+    @property
+    def kind(self) -> Decode:
+        """The same without its tensors."""
+        return replace(self, beside=tuple(replace(b, tensors=()) for b in self.beside))
 
 
 class Exactness(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,17 +1,18 @@
-"""Which bytes a part of a target needs: contiguous runs of each source tensor, and of its scales where it is decoded.
+"""Which bytes a part of a target needs: contiguous runs of each source tensor, and of those beside it where it is decoded.
 
 Used twice, so that what the plan announces is what the executor does: to count bytes when a plan is made, and to read
 when it is run.
 
 A plain source is read run by run, and its elements are copied from where they were read. A decoded source is needed by
-whole rows of its last axis: their codes and scales are read, and each row is decoded once, into float32 rows that lie
-one after the other.
+whole rows: their codes and their rows of the tensors beside them are read, and each row is decoded once, into float32
+rows that lie one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ckptc.ops.dequant import RowLayout, decode_op
+from ckptc.ops.codes import RowLayout, Setting, code_of
 from ckptc.ops.nest import Factor, Part
 from ckptc.ops.types import itemsize
 from ckptc.plan.model import Source
@@ -85,14 +86,14 @@ class Rows:
             at.append((count, step))
         return _walk(0, (*at, *self.loops[len(at) :]))
 
-    def scale_rows(self) -> Numbers:
-        """The row of scales that each row has: int64[count]."""
-        return self.layout.scale_rows(_walk(self.first, self.loops))
+    def numbers(self) -> Numbers:
+        """Each row's number in its tensor: int64[count]."""
+        return _walk(self.first, self.loops)
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a part reads of its source, the same of each tensor, and what it holds: three sections of a buffer.
+    """What a part reads of its source, the same of each tensor, and what it holds: sections of a buffer.
 
     Bytes are those of all tensors.
     """
@@ -101,19 +102,27 @@ class Need:
     values: Read
     value_bytes: int
     rows: Rows | None = None  # of a decoded source
-    scales: Runs = field(default_factory=list)  # runs of rows of scales
-    scale_bytes: int = 0
+    beside: list[BesideNeed] = field(default_factory=list)  # of each tensor beside the codes
     decoded_bytes: int = 0
 
     @property
     def read(self) -> int:
         """Bytes read."""
-        return self.value_bytes + self.scale_bytes
+        return self.value_bytes + sum(b.bytes for b in self.beside)
 
     @property
     def memory(self) -> int:
-        """Bytes of buffer: values as stored, scales, decoded rows."""
-        return aligned(self.value_bytes) + aligned(self.scale_bytes) + aligned(self.decoded_bytes)
+        """Bytes of buffer: values as stored, what is beside them, decoded rows."""
+        return sum(map(aligned, [self.value_bytes, *(b.bytes for b in self.beside), self.decoded_bytes]))
+
+
+@dataclass(frozen=True, slots=True)
+class BesideNeed:
+    """What some rows need of a tensor beside their codes."""
+
+    runs: Runs  # of elements
+    places: Numbers  # where the row that each row has stands in what is read: int64[rows]
+    bytes: int  # of all tensors
 
 
 def need(part: Part, source: Source) -> Need:
@@ -123,11 +132,23 @@ def need(part: Part, source: Source) -> Need:
     if decode is None:
         values = plan_read(part)
         return Need(tensors, values, values.size * item * count)
-    rows = plan_rows(part, decode_op(decode.op, decode.block).rows(source.shape))
-    values, scales = rows.read, scale_runs(rows.scale_rows())
-    scale_bytes = sum(length for _, length in scales) * rows.layout.scales * itemsize(decode.dtype) * count
-    decoded_bytes = rows.count * rows.layout.length * itemsize("float32") * count
-    return Need(tensors, values, values.size * item * count, rows, scales, scale_bytes, decoded_bytes)
+    layout = layout_of(decode.code, decode.settings, decode.shape)
+    rows = plan_rows(part, layout)
+    numbers, beside = rows.numbers(), []
+    for wanted, stored in zip(layout.beside, decode.beside, strict=True):
+        own = layout.rows_of(wanted, numbers)
+        runs, each = beside_runs(own), prod(stored.shape) // layout.count(wanted)
+        elements = [(first * each, length * each) for first, length in runs]
+        size = sum(length for _, length in elements) * itemsize(stored.dtype) * count
+        beside.append(BesideNeed(elements, places_in(runs, own), size))
+    decoded_bytes = rows.count * layout.length * itemsize("float32") * count
+    return Need(tensors, rows.read, rows.read.size * item * count, rows, beside, decoded_bytes)
+
+
+@lru_cache(maxsize=256)
+def layout_of(code: str, settings: tuple[tuple[str, Setting], ...], shape: tuple[int, ...]) -> RowLayout:
+    """The rows of a weight that is stored so."""
+    return code_of(code, settings).layout(shape)
 
 
 def aligned(size: int) -> int:
@@ -202,8 +223,8 @@ def plan_rows(part: Part, layout: RowLayout) -> Rows:
     return Rows(layout, first, tuple(over), column, tuple(moved.get(f, f.step) for f in loops))
 
 
-def scale_runs(numbers: Numbers) -> Runs:
-    """The runs of rows of scales that hold the given ones: one with gaps, within WASTE, or those without."""
+def beside_runs(numbers: Numbers) -> Runs:
+    """The runs of rows beside the codes that hold the given ones: one with gaps, within WASTE, or those without."""
     rows = np.unique(numbers)
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 <= WASTE * len(rows):

@@ -1,113 +1,112 @@
-"""Decoding rows of codes into float32: a table says what each byte stands for, then rows are multiplied by scales.
+"""Decoding rows of codes into float32: a table says what each byte stands for, then rows are multiplied by factors.
 
-One product for each element, in float32, as the ops say (`ckptc.ops.dequant`). The work goes block by block, a few rows
-at a time, so that the indices and the scales of a block stay in a core's cache.
-
-Formats: OCP 8-bit floating point 1.0 (e4m3, e5m2), scaled in blocks as in the DeepSeek-V3 repository's
-README_WEIGHTS.md; OCP Microscaling Formats (MX) 1.0 (e2m1 in pairs, the low four bits first, and e8m0).
+What stands in the tables, and which factors a row has, is the code's business (`ckptc.ops.codes`). The work goes block by
+block, a few rows at a time, so that the indices and the factors of a block stay in a core's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
-from ckptc.ops.dequant import E2M1, RowLayout
+from ckptc.ops.codes import Code, Factors, RowLayout, Shape
 from ckptc.ops.nest import AxisMap, Part
+from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.reads import Numbers, Rows, element_loops, tensor_loops
 
 Array = npt.NDArray[Any]
 
-BLOCK = 1 << 15  # elements of a block at most: with indices and scales it stays within a core's cache
+BLOCK = 1 << 15  # elements of a block at most: with indices and factors it stays within a core's cache
+MOVED = {1: np.float32, 2: np.complex64, 4: np.complex128}  # what the numbers of a byte are looked up as, in one
 
 
-def _byte_values(dtype: type[Any]) -> Array:
-    """float32[256]: what each byte stands for in an 8-bit dtype."""
-    values: Array = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-    return values
+class BesideRows(NamedTuple):
+    """What was read of a tensor beside the codes, of all tensors one after the other, and where each row's part of it is."""
+
+    data: Array  # flat
+    places: Numbers  # int64[rows]
+    each: int  # elements of a row
+    whole: bool  # whether all rows have the same one
 
 
-def _pairs() -> Array:
-    """float32[256, 2] as complex64[256]: the two e2m1 values of each byte, the low four bits first, moved as one."""
-    codes = np.arange(256)
-    values: Array = np.stack([E2M1[codes & 15], E2M1[codes >> 4]], axis=-1)
-    pairs: Array = values.view(np.complex64).reshape(256)
-    return pairs
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """How a source's tensors are stored."""
 
-
-# What a byte of a stored dtype stands for, and how many elements that is.
-TABLES: dict[str, tuple[Array, int]] = {
-    "float8_e4m3fn": (_byte_values(ml_dtypes.float8_e4m3fn), 1),
-    "float8_e5m2": (_byte_values(ml_dtypes.float8_e5m2), 1),
-    "uint8": (_pairs(), 2),
-}
-# Powers of two from 2^-127, which is subnormal, to 2^127; 255 is NaN. With e2m1 values every product in range is exact.
-E8M0 = _byte_values(ml_dtypes.float8_e8m0fnu)
+    code: Code
+    shape: Shape  # of the weight
+    dtype: str  # of the codes
 
 
 class Decoder:
     """Decodes with its own scratch memory; one for each thread.
 
-    `scratch_bytes` is what it keeps; besides, the scales of a block and lists of row numbers come and go.
+    `scratch_bytes` is what it keeps; besides, the factors of a block and lists of row numbers come and go.
     """
 
     def __init__(self, block: int = BLOCK) -> None:
-        self._block = max(2, block // 2 * 2)  # even: pairs stay whole
-        self._index = np.empty(self._block, dtype=np.intp)
+        self._block = max(1, block)
+        self._index = np.empty(max(64, block), dtype=np.intp)
         self.scratch_bytes = self._index.nbytes
 
-    def decode(self, rows: Rows, dtype: str, codes: Array, scales: Array, scale_places: Numbers, out: Array) -> None:
-        """The rows of each of some tensors: values times scales, one tensor after the other.
+    def decode(self, how: Coded, rows: Rows, codes: Array, beside: Sequence[BesideRows], out: Array) -> None:
+        """The rows of each of some tensors, one tensor after the other.
 
-        All arrays are flat. `codes` is uint8, the runs of each tensor that `rows.read` names, of the stored `dtype`;
-        `scales` the rows of scales that were read of each, of any dtype scales have, and row i of a tensor has the
-        `scale_places[i]`th of them; `out` is float32[tensors · rows.count · layout.length]. Products beyond float32 are
-        infinite, as in any multiplication.
+        All arrays are flat. `codes` is uint8, the runs of each tensor that `rows.read` names; `out` is
+        float32[tensors · rows.count · layout.length]. Products beyond float32 are infinite, as in any multiplication.
+        Raises OpError where tensors beside the codes hold what their format does not allow.
         """
-        layout, places = rows.layout, rows.places()
+        layout, places, numbers = rows.layout, rows.places(), rows.numbers()
         tensors = out.size // (rows.count * layout.length)
-        each = TABLES[dtype][1]
-        stacks = (
-            codes.reshape(tensors, -1, layout.length // each),
-            scales.reshape(tensors, -1, layout.scales),
-            out.reshape(tensors, rows.count, layout.length),
-        )
-        with np.errstate(over="ignore", invalid="ignore"):
-            for one_codes, one_scales, one_out in zip(*stacks, strict=True):
-                self._decode_rows(layout, dtype, one_codes, places, one_scales, scale_places, one_out)
+        stored = codes.reshape(tensors, -1, layout.stored * itemsize(how.dtype))
+        held = [b.data.reshape(tensors, -1, b.each) for b in beside]
+        made = out.reshape(tensors, rows.count, layout.length)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for number in range(tensors):
+                own = [b._replace(data=data[number]) for b, data in zip(beside, held, strict=True)]
+                self._tensor(how, layout, stored[number], places, numbers, own, made[number])
 
-    def _decode_rows(
+    def _tensor(
         self,
+        how: Coded,
         layout: RowLayout,
-        dtype: str,
         codes: Array,
         places: Numbers,
-        scales: Array,
-        scale_places: Numbers,
+        numbers: Numbers,
+        beside: Sequence[BesideRows],
         out: Array,
     ) -> None:
-        """out[i] = codes[places[i]] · scales[scale_places[i]]."""
-        table, each = TABLES[dtype]
-        most = max(1, self._block // layout.length)
-        columns = list(self._columns(layout))
+        code, length = how.code, layout.length
+        values = code.table(how.dtype, [b.data for b in beside])
+        each = values.shape[1]  # numbers of a byte
+        table: Array = np.ascontiguousarray(values).view(MOVED[each]).reshape(256)
+        step = max(1, self._block // max(code.unit, each)) * max(code.unit, each)
+        most = max(1, self._block // length)
         evenly = _evenly(places)
         codes = codes if evenly is None else codes[evenly]  # a view of the rows
-        for low, high, shared in self._ranges(scale_places, most, layout.length):
-            own = as_float32(scales[scale_places[low : low + 1 if shared else high]])
-            for begin, end, groups, counts in columns:
-                wide = np.repeat(own[:, groups], counts, axis=1)
+        for low, high, shared in self._ranges(code, beside, len(places), most, length):
+            own = slice(low, low + 1 if shared else high)
+            parts = [b.data if b.whole else b.data[b.places[own]] for b in beside]
+            factors = code.factors(how.shape, numbers[own], parts)
+            for begin in range(0, length, step):
+                end = min(begin + step, length)
+                scales, zeros = _spread(factors, begin, end)
                 for first in range(low, high, most):
                     last = min(first + most, high)
-                    part = out[first:last, begin:end]
+                    part, of = out[first:last, begin:end], slice(None) if shared else slice(first - low, last - low)
                     which = slice(first, last) if evenly is not None else places[first:last]
-                    self._look_up(table, codes[which, begin // each : end // each], part)
-                    np.multiply(part, wide, out=part)
+                    self._look_up(table, code.order(codes[which, begin // each : -(-end // each)]), part)
+                    if zeros is not None:
+                        np.subtract(part, zeros[of], out=part)
+                    np.multiply(part, scales[of], out=part)
+                    if code.rounds:
+                        np.copyto(part, part.astype(numpy_dtype(code.rounds)), casting="unsafe")
 
     def _look_up(self, table: Array, codes: Array, out: Array) -> None:
         index = self._index[: codes.size].reshape(codes.shape)
@@ -115,32 +114,36 @@ class Decoder:
         # Every index is in the table; by default numpy would check, in a copy of the result.
         np.take(table, index, out=out.view(table.dtype), mode="wrap")
 
-    def _ranges(self, scale_places: Numbers, most: int, length: int) -> Iterator[tuple[int, int, bool]]:
-        """Ranges of rows that share their scales, which are spread over a row once for all; where that saves little,
+    def _ranges(
+        self, code: Code, beside: Sequence[BesideRows], rows: int, most: int, length: int
+    ) -> Iterator[tuple[int, int, bool]]:
+        """Ranges of rows that share their factors, which are spread over a row once for all; where that saves little,
         ranges of at most `most` rows, each with its own."""
-        cuts = (np.flatnonzero(np.diff(scale_places)) + 1).tolist()
-        rows, ranges = len(scale_places), len(cuts) + 1
-        shared = rows >= 2 * ranges and rows * length * 8 >= ranges * self._block
+        changes = np.zeros(max(0, rows - 1), dtype=bool)
+        for b in beside:
+            changes |= np.diff(b.places) != 0
+        cuts = (np.flatnonzero(changes) + 1).tolist()
+        ranges = len(cuts) + 1
+        shared = not code.by_row and rows >= 2 * ranges and rows * length * 8 >= ranges * self._block
         bounds = [0, *cuts, rows] if shared else [*range(0, rows, most), rows]
         for low, high in pairwise(bounds):
             yield low, high, shared
 
-    def _columns(self, layout: RowLayout) -> Iterator[tuple[int, int, slice, int | Array]]:
-        """A row in stretches of at most a block: [begin, end), their scales, and how many elements each serves."""
-        group = layout.group
-        for begin in range(0, layout.length, self._block):
-            end = min(begin + self._block, layout.length)
-            groups = slice(begin // group, -(-end // group))
-            edges = np.arange(groups.start, groups.stop + 1) * group
-            counts = np.diff(edges.clip(begin, end))
-            yield begin, end, groups, counts if (counts != group).any() else group
 
-
-def as_float32(scales: Array) -> Array:
-    """Scales as numbers, exactly: float32 of the same shape. Bytes are e8m0."""
-    if scales.dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
-        return np.take(E8M0, scales.view(np.uint8))
-    return scales.astype(np.float32)
+def _spread(factors: Factors, begin: int, end: int) -> tuple[Array, Array | None]:
+    """Scales and zeros of each element of a stretch of rows; one for all of it stays one."""
+    group = factors.group
+    groups = slice(begin // group, -(-end // group))
+    if factors.scales.shape[1] == 1 or groups.stop - groups.start == 1:
+        groups = slice(groups.start, groups.start + 1) if factors.scales.shape[1] > 1 else slice(0, 1)
+        return factors.scales[:, groups], None if factors.zeros is None else factors.zeros[:, groups]
+    if group == 1:
+        return factors.scales[:, groups], None if factors.zeros is None else factors.zeros[:, groups]
+    edges = np.arange(groups.start, groups.stop + 1) * group
+    lengths = np.diff(edges.clip(begin, end))
+    counts: int | Array = lengths if (lengths != group).any() else group
+    scales = np.repeat(factors.scales[:, groups], counts, axis=1)
+    return scales, None if factors.zeros is None else np.repeat(factors.zeros[:, groups], counts, axis=1)
 
 
 def _evenly(places: Numbers) -> slice | None:

@@ -123,7 +123,7 @@ def _leaf(leaf: Leaf, tensors: Tensors) -> Array:
             return values
         d = leaf.decoded
         with np.errstate(all="ignore"):
-            return d.op.forward([values, tensors.get(d.scales[number])], [d.stored, d.scale])
+            return d.code.forward([values, *(tensors.get(b.tensors[number]) for b in d.beside)], leaf.each.shape)
 
     if len(leaf.tensors) == 1:
         return one(0).reshape(leaf.type.shape)
@@ -193,7 +193,8 @@ def _restrict_leaf(leaf: Leaf, ranges: Ranges) -> Leaf:
         numbers.append(number)
     decoded = leaf.decoded
     if decoded is not None:
-        decoded = replace(decoded, scales=tuple(decoded.scales[n] for n in numbers))
+        beside = tuple(replace(b, tensors=tuple(b.tensors[n] for n in numbers)) for b in decoded.beside)
+        decoded = replace(decoded, beside=beside)
     grid = tuple(Axis(a.name, len(s)) for a, s in zip(leaf.grid, spans, strict=True))
     return Leaf(tuple(leaf.tensors[n] for n in numbers), grid, leaf.each, leaf.span, decoded)
 

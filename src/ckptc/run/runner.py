@@ -225,9 +225,8 @@ def kept_files(plan: Plan, directory: Path, names: Sequence[str]) -> Iterator[tu
     dtypes: dict[str, list[str]] = {}
     for source in (s for a in plan.arrays for s in a.sources):
         dtypes.setdefault(source.dtype, []).extend(plan.tensors[n].name for n in source.tensors)
-        if source.decode:
-            scales = source.decode
-            dtypes.setdefault(scales.dtype, []).extend(plan.tensors[n].name for n in scales.tensors)
+        for beside in source.decode.beside if source.decode else ():
+            dtypes.setdefault(beside.dtype, []).extend(plan.tensors[n].name for n in beside.tensors)
     by_name = {dtype: sorted(set(tensors)) for dtype, tensors in sorted(dtypes.items())}
     for name, content in kept(directory, names, by_name):
         yield f"{KEPT}/{name}", content

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
+from ckptc.diagnostics import fail
+from ckptc.ops.codes import code_of
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
-from ckptc.ops.types import itemsize, numpy_dtype
+from ckptc.ops.types import OpError, itemsize, numpy_dtype
 from ckptc.plan.model import Array, Box, Plan, Source
-from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, places_in, tensor_loops
-from ckptc.run.decode import Decoder, packed_rows
+from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, tensor_loops
+from ckptc.run.decode import BesideRows, Coded, Decoder, packed_rows
 from ckptc.run.kernel import Conversion, Kernel, Loop, raw, simplify
 from ckptc.storage.sink.file import grown
 from ckptc.storage.source.ranges import RangeReader
@@ -106,20 +108,36 @@ class Worker:
         for position in wanted:
             tensor = self.plan.tensors[tensors[position]]
             for first, length in runs:
-                self.reader.read_into(tensor.file, tensor.begin + first * item, view[at : at + length * item])
+                # A tensor may be shorter than the most that such tensors have: zeros follow it.
+                size = min(length * item, tensor.end - tensor.begin - first * item)
+                self.reader.read_into(tensor.file, tensor.begin + first * item, view[at : at + size])
+                buffer[at + size : at + length * item] = 0
                 at += length * item
 
     def _decode(self, source: Source, needed: Need, rows: Rows, buffer: Bytes) -> npt.NDArray[Any]:
-        """The decoded rows, flat float32, from codes at the start of `buffer`; the rest takes scales and rows."""
+        """The decoded rows, flat float32, from codes at the start of `buffer`; the rest takes what is beside them."""
         decode = source.decode
         assert decode is not None
-        rest = buffer[aligned(needed.value_bytes) :]
-        runs = [(first * rows.layout.scales, length * rows.layout.scales) for first, length in needed.scales]
-        self._fetch(decode.tensors, needed.tensors, runs, itemsize(decode.dtype), rest)
-        codes = buffer[: needed.value_bytes]
-        scales = rest[: needed.scale_bytes].view(numpy_dtype(decode.dtype))
-        decoded = rest[aligned(needed.scale_bytes) :][: needed.decoded_bytes].view(np.float32)
-        self.decoder.decode(rows, source.dtype, codes, scales, places_in(needed.scales, rows.scale_rows()), decoded)
+        codes, rest, layout = buffer[: needed.value_bytes], buffer[aligned(needed.value_bytes) :], rows.layout
+        beside = []
+        for stored, wanted, of in zip(decode.beside, needed.beside, layout.beside, strict=True):
+            self._fetch(stored.tensors, needed.tensors, wanted.runs, itemsize(stored.dtype), rest)
+            data = rest[: wanted.bytes].view(numpy_dtype(stored.dtype))
+            each = prod(stored.shape) // layout.count(of)
+            beside.append(BesideRows(data, wanted.places, each, layout.count(of) == 1))
+            rest = rest[aligned(wanted.bytes) :]
+        decoded = rest[: needed.decoded_bytes].view(np.float32)
+        how = Coded(code_of(decode.code, decode.settings), decode.shape, source.dtype)
+        try:
+            self.decoder.decode(how, rows, codes, beside, decoded)
+        except (OpError, IndexError) as error:
+            names = [self.plan.tensors[source.tensors[i]].name for i in needed.tensors]
+            raise fail(
+                "bad-codes",
+                f"`{names[0]}` cannot be decoded: {error}",
+                notes=(f"or one of {len(names) - 1} others that are read with it",) if len(names) > 1 else (),
+                help="is the file whole? download it again",
+            ) from None
         return decoded
 
     def _make_chunk(self, array: Array, local: list[Local], within: Box) -> npt.NDArray[Any]:

@@ -106,17 +106,6 @@ class Unsupported:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Tensors matching `source` that are stored as `stored` are decoded by `op`."""
-
-    source: str
-    stored: str
-    op: OpSpec
-    when: Value | None
-    where: Path_
-
-
-@dataclass(frozen=True)
 class Family:
     family: str
     title: str
@@ -125,7 +114,6 @@ class Family:
     models: Mapping[str, Model]
     multimodal: bool
     unsupported: tuple[Unsupported, ...]
-    decode: tuple[Decoding, ...]
     sources: Mapping[str, Mapping[str, Value]]
     rules: tuple[Rule, ...]
     blocks: tuple[Block, ...]
@@ -194,10 +182,6 @@ def _mapping(document: Document) -> Family:
         unsupported=tuple(
             Unsupported(u["layout"], u["reason"], u.get("when"), ("unsupported", n))
             for n, u in enumerate(data.get("unsupported", []))
-        ),
-        decode=tuple(
-            Decoding(d["source"], d["stored"], _ops([d["op"]], ("decode", n))[0], d.get("when"), ("decode", n))
-            for n, d in enumerate(data.get("decode", []))
         ),
         sources=data.get("sources", {"hub": {}}),
         rules=_rules(data.get("tensors", {}), ("tensors",)),

@@ -151,7 +151,6 @@ class _Lowering:
                     self._copy(d, (word,), (word,))
         self._models()
         self._lists("unsupported", [(d, ("unsupported",)) for d in self.blocks])
-        self._lists("decode", [(d, ("decode",)) for d in self.parts])
         self._rules(rules)
         self._escapes()
         self._lists("ignore", [*((d, ("ignore",)) for d in self.parts), (self.family, (*self.at, "ignore"))])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptc.diagnostics import Span
-from ckptc.spec.halves.axes import Join, Names, flat, parse, show
+from ckptc.spec.halves.axes import Join, Names, flat, show
 from ckptc.spec.halves.records import Holding
 from ckptc.spec.halves.sides import Groups, Sides, differ
 
@@ -82,10 +82,6 @@ class Pieces:
 
     def _begin(self, source: Holding, left: Groups) -> Piece:
         piece = Piece(source, left, current=left)
-        label = self.sides.source.label
-        if "stored" in source.given:  # a code: first as it is stored, then as what it means
-            piece.left = parse(source.given["stored"].value, 1).of(0)
-            piece.op(*_only(source.get("decode")), source.span("decode"), f"{label} stores a code")
         for op in source.get("ops") or ():
             piece.op(*_only(op), source.span("ops"), "as its holding says")
         return piece
