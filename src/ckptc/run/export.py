@@ -9,6 +9,7 @@ threads cannot be forked safely: so it is used in workers alone, or in this proc
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -87,6 +88,7 @@ def export(
     if plain is None:
         plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
     copies = _companions(outputs, companions, items)
+    _refuse_to_overwrite(output, items, [*({companions} if companions else ()), *(p.parent for p in copies.values())])
     specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
     texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
     try:
@@ -242,6 +244,15 @@ def _without_resuming(found: Diagnostic) -> Diagnostic:
     if found.code != "worker-died":
         return found
     return replace(found, help="where memory ran out, use fewer --jobs or less --memory")
+
+
+def _refuse_to_overwrite(output: Path, items: Path, read: list[Path]) -> None:
+    """`output-exists` for an output that is one of the directories `read`, or lies in the checkpoint's items: with
+    `force`, too, what is there is read, such as the original's weights beside its config."""
+    real = Path(os.path.realpath(output))
+    if real in {Path(os.path.realpath(p)) for p in read} or real.is_relative_to(os.path.realpath(items)):
+        message = f"{output} holds what this export reads, and is not replaced"
+        raise fail("output-exists", message, help="choose another --output")
 
 
 def companions_digest(outputs: Outputs) -> str:

@@ -23,6 +23,7 @@ from ckptc.run.preflight import check_room
 from ckptc.run.sources import Sighting
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState
 from ckptc.storage.checkpoint.restored import custom_metadata_of
+from ckptc.storage.checkpoint.steps import is_checkpoint
 from ckptc.storage.sink.directory import Place
 
 STEP = "0"  # the step directory that MaxText's converter writes
@@ -92,8 +93,12 @@ class Output(Protocol):
     def check(self) -> None:
         """Raises InputError when the plan's checkpoint cannot be there."""
 
-    def check_free(self, replace: bool) -> None:
+    def check_free(self, replace: bool, source: Sighting) -> None:
         """`output-exists`, unless what is there may be replaced, or is a run's that may tell more."""
+
+    def check_target(self, replace: bool, source: Sighting) -> None:
+        """`output-exists`, unless nothing is there, or a checkpoint that may be replaced and from which nothing of `source`
+        is read."""
 
     def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
         """The unfinished run there, or a new one that is `started` now and reads `source`; `output-exists` for an older
@@ -131,17 +136,31 @@ class LocalOutput:
 
     def check(self) -> None: ...
 
-    def check_free(self, replace: bool) -> None:
-        if not replace and not (self.path / UNFINISHED).exists():
-            self._refuse_existing()
+    def check_free(self, replace: bool, source: Sighting) -> None:
+        if replace or not (self.path / UNFINISHED).exists():
+            self.check_target(replace, source)
+
+    def check_target(self, replace: bool, source: Sighting) -> None:
+        for doomed in (self._final, self.path / UNFINISHED):  # what a run deletes
+            if inside := source.inside(doomed):
+                message = f"{inside} is read and lies in {doomed}, which this run would replace"
+                raise fail("output-exists", message, help="choose another --output, or move the source out of it")
+        if not os.path.lexists(self._final):
+            return
+        if not is_checkpoint(self._final):
+            what = "a directory that holds no checkpoint" if self._final.is_dir() else "no checkpoint"
+            help = "choose another --output, or move it away: it would not be replaced by --force, either"
+            raise fail("output-exists", f"{self._final} is there, and is {what}", help=help)
+        if not replace:
+            raise exists(str(self._final))
 
     def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
         unfinished = open_unfinished(self.path, self._final, plan_digest, restart, source)
         unfinished.started = started
         try:
             unfinished.committed = unfinished.committed and self._is_of(plan_digest)
-            if not (replace or unfinished.committed):
-                self._refuse_existing()
+            if not unfinished.committed:
+                self.check_target(replace, source)
         except BaseException:
             unfinished.release()
             raise
@@ -179,10 +198,6 @@ class LocalOutput:
 
     def error(self, error: OSError) -> Exception:
         return output_error(self.path, error)
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self._final):
-            raise exists(str(self._final))
 
     def _is_of(self, plan_digest: str) -> bool:
         """Whether the checkpoint there was made of this plan."""

@@ -85,7 +85,9 @@ class RemoteOutput:
             help = "compile the plan again without `--link`"
             raise fail("unsupported-url", f"{self} cannot hold links to the source's files", help=help)
 
-    def check_free(self, replace: bool) -> None: ...
+    def check_free(self, replace: bool, source: Sighting) -> None: ...
+
+    def check_target(self, replace: bool, source: Sighting) -> None: ...
 
     def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
         opened = apart(lambda: _open(self._store, plan_digest, restart, replace, started, source))

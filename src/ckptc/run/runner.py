@@ -92,7 +92,7 @@ def run(
     peers.join()
     agree(peers, digest)
     if not peers.process:
-        where.check_free(settings.force)
+        where.check_free(settings.force, seen)
 
     def work_on(unfinished: Unfinished) -> Work:
         return Work(plan, directory, files, where, unfinished, settings.jobs, peers, on_progress)
@@ -167,6 +167,7 @@ def _lead(
             def check() -> None:
                 peers.check()
                 source.check_undisturbed()
+                output.check_target(settings.force, source)
 
             unfinished.complete(join, before_commit, check)
         unfinished.forget()

@@ -8,7 +8,8 @@ been edited where no sample lies, so inode and times of change are noted as well
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.source import SourceFile
 from ckptc.storage.source.content import Status, changed_since, check_unchanged, first_of, statuses
+from ckptc.storage.source.files import resolve
 
 RESTART = "put its files back as they were, or use --restart, which makes all of it again"
 
@@ -60,6 +62,16 @@ class Sighting:
             raise fail("source-changed", message, notes=first_of(lines), help=help)
         check_unchanged(self.directory, [f for f in self.files if now[f.name] != self.statuses[f.name]])
 
+    def inside(self, directory: Path) -> Path | None:
+        """A file of the source that lies in a directory, or whose links lead there; None where none does."""
+        real = Path(os.path.realpath(directory))
+        for file in self.files:
+            path = resolve(self.directory, file.name)
+            places = (Path(os.path.abspath(path)), Path(os.path.realpath(path.parent)) / path.name, *_links(path))
+            if any(place.is_relative_to(end) for place in places for end in (real, Path(os.path.abspath(directory)))):
+                return path
+        return None
+
     def check_same(self, kept: Mapping[str, Any] | None, output: object) -> None:
         """Raises `source-changed` where an unfinished run has read other files than these. `kept`: its `record`."""
         if kept is None:
@@ -84,6 +96,19 @@ class Sighting:
             if differ:
                 lines.append(f"{name} has another {differ[0]}: other weights")
         return first_of(lines)
+
+
+def _links(path: Path, most: int = 40) -> Iterator[Path]:
+    """Where each link leads that a path goes through by its last name, and the file itself."""
+    for _ in range(most):
+        try:
+            target = os.readlink(path)
+        except OSError:
+            break
+        path = Path(os.path.realpath(path.parent)) / target
+        path = Path(os.path.realpath(path.parent)) / path.name
+        yield path
+    yield Path(os.path.realpath(path))
 
 
 def other_plan(output: object, expected: str, found: str, source: Sighting | None, kept: Any) -> InputError:

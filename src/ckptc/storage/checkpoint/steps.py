@@ -58,6 +58,15 @@ def find_step(given: Path) -> Step:
     raise fail("no-checkpoint", f"{given} holds no finished Orbax checkpoint", notes=notes, help=_HELP)
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a step, or the items of one: of ckptc's or Orbax's, complete or not."""
+    if not directory.is_dir():
+        return False
+    if (directory / STEP_METADATA).is_file():
+        return True
+    return any(_holds_arrays(p) for p in (directory, *directory.iterdir()) if p.is_dir())
+
+
 def require_directory(given: Path, help: str) -> None:
     """Raises `missing-directory`."""
     if not given.is_dir():
