@@ -9,8 +9,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from golden import compile_case, evaluate, known_cases, source_tensors
-from reference import GoldenCase
+from ckptc.compile.export import compile_export
+from ckptc.compile.reading import ExportOptions
+from ckptc.diagnostics import InputError
+from ckptc.plan.json import dumps, loads
+from ckptc.run.export import export
+from ckptc.spec.mapping import find_model
+from ckptc.storage.checkpoint.companions import open_original
+from ckptc.storage.checkpoint.orbax_reader import open_saved
+from golden import compile_case, differences, evaluate, known_cases, source_tensors
+from reference import DATA, GoldenCase
 from roundtrip import broken_promises, export_plan, exported
 
 CASES = {case.name: case for case in known_cases()}
@@ -86,3 +94,34 @@ def test_routing_in_two_places(name: str, layout: str, places: dict[str, str], t
     assert broken_promises(plan, found, source_tensors(case.hf)) == []
     (warning,) = report.warnings
     assert warning.startswith(f"`{stale}` holds ") and warning.endswith("the other array's are taken")
+
+
+# -- what MaxText 0.2.5 itself has saved: `tools/make_trained.py` ------------------------------------------------------
+
+TRAINED = DATA / "trained"
+ORIGINAL = TRAINED / "hf"
+SHAPES = {  # of each: the layout, the axis of stacked layers, the pipeline
+    "diloco": ("scanned", 1, ""),
+    "scan_axis_0": ("scanned", 0, ""),
+    "scan_axis_2": ("scanned", 2, ""),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_trained_checkpoint_is_recognised_and_comes_back_bit_for_bit(shape: str, tmp_path: Path) -> None:
+    saved, _ = open_saved(TRAINED / shape)
+    plan = compile_export(*find_model("llama2-7b"), ExportOptions(), saved, open_original(ORIGINAL))
+    assert (plan.choices.layout, plan.choices.scan_axis, plan.choices.pipeline) == SHAPES[shape]
+    assert loads(dumps(plan)) == plan
+    export(plan, tmp_path / "hf", TRAINED / shape, ORIGINAL)
+    assert differences(source_tensors(tmp_path / "hf"), source_tensors(ORIGINAL)) == []
+    left = {x.pattern for x in plan.left_out if x.tensors and "/rngs/" not in x.pattern}
+    assert left == ({"inner_state/*", "outer_opt_state/*"} if shape == "diloco" else {"opt_state/*"} & left)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [("scan_axis_0", 1), ("scan_axis_2", 0)])
+def test_an_axis_that_was_asked_for_is_the_only_one_tried(shape: str, axis: int) -> None:
+    saved, _ = open_saved(TRAINED / shape)
+    with pytest.raises(InputError) as caught:
+        compile_export(*find_model("llama2-7b"), ExportOptions(scan_axis=axis), saved, open_original(ORIGINAL))
+    assert {d.code for d in caught.value.diagnostics} == {"array-mismatch"}

@@ -91,6 +91,8 @@ def test_a_target_is_checked_as_mappings_are(text: str, message: str) -> None:
         "arrays": "{}",
         "stacks": "{}",
         "places": "[p]",
+        "besides": "{}",
+        "pipelines": "{}",
         "mesh_axes": "[m]",
         "logical_axis_rules": "[]",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from typing import Any
 
 from ckptc.diagnostics import fail
 
@@ -24,6 +25,11 @@ MEMORY_LEAST = 1 * MIB
 LARGEST = 10**18  # that a number may be, here and in mappings
 
 
+def scan_axis(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """`--param-scan-axis`."""
+    parser.add_argument("--param-scan-axis", type=int, choices=range(4), metavar="N", **options)
+
+
 def compilation(parser: argparse.ArgumentParser, source_required: bool = False) -> None:
     """What decides a plan."""
     parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
@@ -39,6 +45,18 @@ def compilation(parser: argparse.ArgumentParser, source_required: bool = False) 
         action=argparse.BooleanOptionalAction,
         default=True,
         help="stack the layers, as MaxText's scan_layers=true expects (default), or keep them apart",
+    )
+    scan_axis(
+        parser,
+        default=1,
+        help="the axis of an array that stacked layers are, as MaxText's param_scan_axis (default: 1)",
+    )
+    parser.add_argument(
+        "--pipeline",
+        metavar="stages=N[,...]",
+        help="lay the layers out for MaxText's pipeline parallelism: `stages` (ici_pipeline_parallelism times "
+        "dcn_pipeline_parallelism), `layers_per_stage` (default: 1), `scan_layers_per_stage`, and `layers`, how many are "
+        "pipelined (default: all). A checkpoint so laid out fits these settings alone",
     )
     parser.add_argument(
         "--dtype",

@@ -17,6 +17,7 @@ from ckptc.cli.progress import show_progress
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.mesh import Mesh, read_mesh
 from ckptc.compile.options import Options
+from ckptc.compile.stacking import read_pipeline
 from ckptc.diagnostics import fail
 from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
@@ -122,6 +123,8 @@ def _compile(args: argparse.Namespace) -> Plan:
         compression=args.compression,
         memory=args.memory or Options().memory,
         link=args.link,
+        scan_axis=Options().scan_axis if args.param_scan_axis is None else args.param_scan_axis,
+        pipeline=read_pipeline(args.pipeline) if args.pipeline else None,
     )
     checkpoint = open_checkpoint(Path(args.source)) if args.source else None
     plan = compile_plan(mapping, model, options, checkpoint)

@@ -66,6 +66,11 @@ def compilation(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="whether layers are stacked (default: what the checkpoint says; another is an error)",
     )
+    arguments.scan_axis(
+        parser,
+        default=None,
+        help="the axis of an array that stacked layers are, as MaxText's param_scan_axis (default: what the shapes say)",
+    )
     parser.add_argument("--multimodal", action="store_true", help="export the vision and audio towers too")
     parser.add_argument(
         "--set",
@@ -112,7 +117,7 @@ def compilation_too(parser: argparse.ArgumentParser) -> None:
     )
     _original(parser)
     # What nobody has set has other defaults in either direction.
-    parser.set_defaults(scan=None, dtype=None, memory=None)
+    parser.set_defaults(scan=None, dtype=None, memory=None, param_scan_axis=None)
 
 
 def reading(args: argparse.Namespace, chunks: bool) -> Apart:
@@ -158,6 +163,7 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | 
         multimodal=args.multimodal or (mapping.multimodal and noted.get("multimodal") is True),
         set=dict(args.set),
         layout=None if args.scan is None else "scanned" if args.scan else "unscanned",
+        scan_axis=args.param_scan_axis,
         memory=args.memory or MEMORY,
         max_shard=args.max_shard_size,
     )

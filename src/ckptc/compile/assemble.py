@@ -76,6 +76,8 @@ def assemble(
             mesh=options.mesh,
             compression=options.compression,
             link=options.link,
+            scan_axis=options.scan_axis,
+            pipeline=str(options.pipeline or ""),
         ),
         files=tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in checkpoint.files)
         if checkpoint

@@ -7,51 +7,24 @@ leaf [layer=26, mlp, embed] of 26 names -> rearrange -> cast -> move `layer` to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from ckptc.compile.chain import Chain, Expansion, Here, StoredDtype, restacked_axes
 from ckptc.compile.options import Options
 from ckptc.compile.quantised import Quantised
 from ckptc.compile.scope import Names, Scope
-from ckptc.compile.sources import source
-from ckptc.compile.vocabulary import build_op
-from ckptc.diagnostics import Diagnostic, InputError
-from ckptc.ir.graph import Apply, Fill, Graph, Ignored, Node, Target, leaves
-from ckptc.ops import Cast, Op, OpError, Rearrange, Stack, TensorType
-from ckptc.ops.rearrange import SizedGroup, fused
-from ckptc.ops.types import Axis, is_float
+from ckptc.compile.stacking import SCAN_AXIS, Pipeline, shares
+from ckptc.diagnostics import InputError
+from ckptc.ir.graph import Graph, Ignored, Target
 from ckptc.spec.document import Path_
-from ckptc.spec.mapping import Family, OpSpec, Origin, Place, Rule
+from ckptc.spec.mapping import Block, Family, Place, Rule
+from ckptc.spec.target import Pipelined, target_tree
 
 TARGETS_MOST = 10_000  # arrays of one checkpoint
 ELEMENTS_MOST = 1 << 40  # of an array: the largest of published models has 2^37
-
-StoredDtype = Callable[[str], str]  # the dtype of a source tensor by name
-
-
-@dataclass
-class _Expansion:
-    mapping: Family
-    scope: Scope
-    options: Options
-    stored: StoredDtype
-    quantised: Quantised
-    targets: list[Target] = field(default_factory=list)
-    problems: list[Diagnostic] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Here:
-    """Where a rule is being expanded: its place in the target, and the grid of layers it is stacked over."""
-
-    at: str
-    grid: tuple[Axis, ...]
-    points: list[Names]  # one for each point of the grid
-    prefixes: list[str]  # of source names, one for each point
-    axis: tuple[int, ...]
-    block: str
-    resized: tuple[str, ...] = ()  # dims to which the place's `let` gives another value
 
 
 def expand(
@@ -67,24 +40,32 @@ def expand(
 
     Raises InputError with the problems of every rule.
     """
-    work = _Expansion(mapping, Scope(mapping.document, dims), options, stored, quantised or Quantised())
-    top = _Here("", (), [names], [""], (), "")
+    work = Expansion(mapping, Scope(mapping.document, dims), options, stored, quantised or Quantised())
+    top = Here("", (), [names], [""], (), "")
     for rule in mapping.rules:
         _guarded(work, lambda rule=rule: _expand_rule(work, rule, top))  # type: ignore[misc]
     for block in mapping.blocks:
         if not work.scope.holds(block.when, names, block.where):
             continue
+        found: list[Here] = []
         for place in block.places[options.layout]:
-            found: list[_Here] = []
             _guarded(
                 work,
                 lambda block=block, place=place, found=found: found.extend(  # type: ignore[misc]
                     _places(work, block.name, block.source, place, names, block.where)
                 ),
             )
-            for here in found:
-                for rule in block.rules:
-                    _guarded(work, lambda rule=rule, here=here: _expand_rule(work, rule, here))  # type: ignore[misc]
+        if options.pipeline is not None:
+            whole, found = found, []
+            _guarded(
+                work,
+                lambda block=block, whole=whole, found=found: found.extend(  # type: ignore[misc]
+                    _pipelined(work, options.pipeline, block, whole, names)
+                ),
+            )
+        for here in found:
+            for rule in block.rules:
+                _guarded(work, lambda rule=rule, here=here: _expand_rule(work, rule, here))  # type: ignore[misc]
     ignored = []
     for entry in mapping.ignore:
         where = (*entry.where, "source")
@@ -101,14 +82,14 @@ def expand(
     return Graph(tuple(sorted(work.targets, key=lambda t: t.path)), tuple(ignored))
 
 
-def _guarded(work: _Expansion, step: Callable[[], None]) -> None:
+def _guarded(work: Expansion, step: Callable[[], None]) -> None:
     try:
         step()
     except InputError as error:
         work.problems += error.diagnostics
 
 
-def _places(work: _Expansion, block: str, source: str, place: Place, names: Names, where: Path_) -> list[_Here]:
+def _places(work: Expansion, block: str, source: str, place: Place, names: Names, where: Path_) -> list[Here]:
     scope, out = work.scope, []
     for looped in scope.loops(place.loop, names, place.where):
         if not scope.holds(place.when, looped, place.where):
@@ -132,7 +113,7 @@ def _places(work: _Expansion, block: str, source: str, place: Place, names: Name
                 raise scope.error(where_let, f"dim `{name}` differs among the stacked layers", "invalid-value")
         prefixes = [scope.text(source, p, (*where, "source")) + "." for p in points]
         out.append(
-            _Here(
+            Here(
                 scope.text(place.at, looped, (*place.where, "at")) + "/",
                 grid,
                 points,
@@ -145,7 +126,50 @@ def _places(work: _Expansion, block: str, source: str, place: Place, names: Name
     return out
 
 
-def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
+def _pipelined(work: Expansion, pipeline: Pipeline, block: Block, found: list[Here], names: Names) -> list[Here]:
+    """A block's places under pipeline parallelism: of layers that are pipelined, the shares of their stack."""
+    facts = target_tree(work.mapping.target).pipelines
+    stacked: list[Here] = []
+    for place in block.places["scanned"]:
+        stacked += _places(work, block.name, block.source, place, names, block.where)
+    out = [here for here in found if not any(_below(fact, here.at) for fact in facts)]
+    for here in stacked:
+        fact = next((f for f in facts if _below(f, here.at)), None)
+        if fact is None:
+            continue
+        if len(here.grid) != 1 or len([h for h in stacked if _below(fact, h.at)]) > 1:
+            raise work.scope.error(
+                (*block.where, "scanned"),
+                "these layers are not all alike: MaxText's pipelines hold no cycles of layers",
+                "unsupported-layout",
+                help="leave out --pipeline",
+            )
+        for share in shares(pipeline, fact, here.at.removesuffix("/"), here.grid[0], work.options.layout == "scanned"):
+            out.append(
+                replace(
+                    here,
+                    at=share.at + "/",
+                    grid=share.grid,
+                    points=[here.points[n] for n in share.layers],
+                    prefixes=[here.prefixes[n] for n in share.layers],
+                    lead=share.lead,
+                )
+            )
+    return out
+
+
+def _below(fact: Pipelined, at: str) -> bool:
+    """Whether layers at this place are of those that a pipeline divides: a stack of them, or one by its number."""
+    parts = at.removesuffix("/").split("/")
+    above, last = fact.at[:-1], fact.at[-1]
+    return (
+        tuple(parts[: len(above)]) == above
+        and len(parts) > len(above)
+        and re.fullmatch(rf"{re.escape(last)}(_\d+)?", parts[len(above)]) is not None
+    )
+
+
+def _expand_rule(work: Expansion, rule: Rule, here: Here) -> None:
     scope = work.scope
     # Loop variables of a rule mean separate arrays, so they may not differ along the grid: the first point stands for all.
     for looped in scope.loops(rule.loop, here.points[0], rule.where):
@@ -160,7 +184,7 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
         if target.startswith("/") or "//" in target:
             raise scope.error(rule.where, f"`{target}` is not a path", "invalid-template")
         path = ("params", rule.collection, *(here.at + target).split("/"))
-        chain = _Chain(work, rule, here, points)
+        chain = Chain(work, rule, here, points)
         node = chain.build()
         if node.type.size > ELEMENTS_MOST or len(work.targets) >= TARGETS_MOST:
             what = (
@@ -173,179 +197,9 @@ def _expand_rule(work: _Expansion, rule: Rule, here: _Here) -> None:
         if axes and len(axes) != len(node.type.axes):
             what = f"{len(axes)} logical axes for an array of {len(node.type.axes)} axes: {node.type}"
             raise scope.error((*rule.where, "axes"), what, "op-mismatch")
+        if not axes and (work.options.pipeline is not None or work.options.scan_axis != SCAN_AXIS):
+            axes = restacked_axes(work, here, chain, node, path)
         label = f"{here.block}: {rule.target}" if here.block else rule.target
         work.targets.append(
             Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial, tuple(chain.steps))
         )
-
-
-class _Chain:
-    """The nodes of one target array."""
-
-    def __init__(self, work: _Expansion, rule: Rule, here: _Here, points: list[Names]) -> None:
-        self.work, self.rule, self.here, self.points = work, rule, here, points
-        self.names = points[0]
-        self.scope = work.scope.resized({n: points[0][n] for n in here.resized})
-        self.batch = len(here.grid)
-        self.steps: list[str] = []
-
-    def build(self) -> Node:
-        rule = self.rule
-        nodes = tuple(self._origin(o) for o in rule.origins)
-        stored = nodes[0].type.dtype
-        for spec in rule.ops:
-            nodes = (self._apply(spec, nodes),)
-        if len(nodes) > 1:
-            raise self.scope.error(
-                (*rule.where, "from"),
-                "the parts are not joined",
-                "unjoined-parts",
-                help="let `ops` begin with `concat` or `stack`",
-            )
-        node = nodes[0]
-        chosen = self.work.options.dtype
-        keep = not is_float(node.type.dtype) or chosen.startswith(
-            "float8"
-        )  # nothing becomes float8: what is stored so stays so
-        dtype = rule.dtype or ("source" if keep else chosen)
-        dtype = stored if dtype == "source" else dtype
-        if dtype != node.type.dtype:
-            where = (*rule.where, "dtype") if rule.dtype else rule.where
-            node = self._op(Cast(dtype), (node,), where)
-            self.steps.append(f"cast {dtype}")
-        return self._place_grid(node)
-
-    def _origin(self, origin: Origin) -> Node:
-        if origin.name is None:
-            return self._fill(origin)
-        pattern_text = origin.pattern
-        if pattern_text is None:
-            raise self.scope.error(origin.where, "`as` is missing: it names the source's axes", "missing-key")
-        where = (*origin.where, "as")
-        pattern = self.scope.pattern(pattern_text, where)
-        inner, tensors = self._tensors(origin)
-        known = {a.name: a.size for a in inner}
-        left = self.scope.groups(pattern.left, known, pattern_text, where)
-        clash = [n for n in pattern.names() if n in {a.name for a in self.here.grid}]
-        if clash:
-            raise self.scope.error(
-                where,
-                f"`{clash[0]}` is a stacking variable of the layout, not an axis of this tensor",
-                "invalid-pattern",
-            )
-        node = self._source(tensors, (*self.here.grid, *inner), _bare(left, "float32"), (*origin.where, "from"))
-        if pattern.right is None and inner:
-            missing = " ".join(a.name for a in inner)
-            raise self.scope.error(
-                where,
-                f"stacking axis `{missing}` has no place",
-                "invalid-pattern",
-                help=f"say where it goes: `{pattern_text} -> {missing} {pattern_text}`",
-            )
-        if pattern.right is not None:
-            lead: tuple[SizedGroup, ...] = tuple((a,) for a in self.here.grid)
-            stacked: tuple[SizedGroup, ...] = tuple((a,) for a in inner)
-            right = self.scope.groups(pattern.right, known, pattern_text, where)
-            try:
-                op = Rearrange((*lead, *stacked, *left), (*lead, *right))
-            except OpError as error:
-                raise self.scope.error(where, str(error), "invalid-pattern") from None
-            node = self._op(op, (node,), where)
-            self.steps.append(" ".join(pattern_text.split()))
-        for spec in origin.ops:
-            node = self._apply(spec, (node,))
-        return node
-
-    def _source(self, names: tuple[str, ...], grid: tuple[Axis, ...], each: TensorType, where: Path_) -> Node:
-        quantised, stored = self.work.quantised, self.work.stored
-        try:
-            node = source(names, grid, each, quantised, stored, self.scope.span(where))
-        except OpError as error:
-            raise self.scope.error(where, str(error), "op-mismatch", notes=(f"expected: {each}",)) from None
-        self.steps += dict.fromkeys(leaf.decoded.code.describe() for leaf in leaves(node) if leaf.decoded)
-        return node
-
-    def _tensors(self, origin: Origin) -> tuple[tuple[Axis, ...], tuple[str, ...]]:
-        """The rule's own stacking axes, and the names over the whole grid, row-major: layers first, then the rule's axes."""
-        assert origin.name is not None
-        where = (*origin.where, "from")
-        inner, names = (), []  # type: tuple[Axis, ...], list[str]
-        for point, prefix in zip(self.points, self.here.prefixes, strict=True):
-            inner, inner_points = self.scope.stack(self.rule.stack, point, self.rule.where)
-            names += [prefix + self.scope.text(origin.name, p, where) for p in inner_points]
-        if any(a.size == 0 for a in inner):
-            raise self.scope.error((*self.rule.where, "stack"), "stacks no tensors at all", "invalid-value")
-        return inner, tuple(names)
-
-    def _fill(self, origin: Origin) -> Node:
-        if self.rule.fill is None:
-            raise self.scope.error(
-                origin.where,
-                "`from` is missing: it names the source tensor",
-                "missing-key",
-                help="or `fill` with a value",
-            )
-        text, where = origin.pattern or "", (*origin.where, "as")
-        groups = self.scope.groups(self.scope.pattern(text, where).left, {}, text, where) if text else ()
-        type_ = _bare(groups, "float32")
-        return Fill(self.rule.fill, type_.with_axes((*self.here.grid, *type_.axes)), self.scope.span(origin.where))
-
-    def _apply(self, spec: OpSpec, nodes: tuple[Node, ...]) -> Node:
-        try:
-            op = build_op(spec, nodes[0].type, self.batch, self.scope, self.names)
-        except OpError as error:
-            raise self._op_error(error, nodes, spec.where) from None
-        step = " ".join(spec.argument.split()) if spec.name == "rearrange" else op.describe()
-        self.steps.append(self.scope.with_reason(step, spec.where))
-        node = self._op(op, nodes, spec.where)
-        if isinstance(op, Stack) and self.batch:
-            # A new axis leads; the layers lead it.
-            new, *old = _single(node.type.axes)
-            node = self._op(Rearrange((new, *old), (*old[: self.batch], new, *old[self.batch :])), (node,), spec.where)
-        return node
-
-    def _op(self, op: Op, nodes: tuple[Node, ...], where: Path_) -> Node:
-        try:
-            if op.arity is not None and len(nodes) != op.arity:
-                raise OpError(
-                    f"`{op.name}` takes one input, `from` has {len(nodes)} parts: join them with `concat` or `stack` first"
-                )
-            return Apply(op, nodes, op.infer([n.type for n in nodes]), self.scope.span(where))
-        except OpError as error:
-            raise self._op_error(error, nodes, where) from None
-
-    def _op_error(self, error: OpError, nodes: tuple[Node, ...], where: Path_) -> InputError:
-        return self.scope.error(where, str(error), "op-mismatch", notes=tuple(f"input: {n.type}" for n in nodes))
-
-    def _place_grid(self, node: Node) -> Node:
-        """Moves the layers' axes, which lead until here, to where the layout wants them in the finished array."""
-        if not self.batch:
-            return node
-        axes = list(node.type.axes)
-        rest, grid = axes[self.batch :], axes[: self.batch]
-        first = self.rule.axis
-        positions = self.here.axis if first is None else tuple(first + n for n in range(self.batch))
-        for position, axis in sorted(zip(positions, grid, strict=True), key=lambda p: p[0]):
-            if position > len(rest):
-                raise self.scope.error(
-                    self.rule.where,
-                    f"axis {position} for the layers is past the end of {node.type}",
-                    "op-mismatch",
-                )
-            rest.insert(position, axis)
-        self.steps.append(
-            f"stack {' x '.join(str(a.size) for a in grid)} layers at axis {', '.join(map(str, positions))}"
-        )
-        if axes == rest:
-            return node
-        return self._op(Rearrange(_single(axes), _single(rest)), (node,), self.rule.where)
-
-
-def _bare(groups: Sequence[SizedGroup], dtype: str) -> TensorType:
-    """The type of a source tensor: one axis for each group, fused where a group has several names."""
-    return TensorType(tuple(fused(g) for g in groups), dtype)
-
-
-def _single(axes: Sequence[Axis]) -> tuple[SizedGroup, ...]:
-    """Each axis alone, as a pattern's side; an anonymous axis of size 1 is written `1`."""
-    return tuple((a,) if a.name else () for a in axes)

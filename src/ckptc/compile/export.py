@@ -33,6 +33,7 @@ from ckptc.plan import model as plan
 from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored, lay_out
 from ckptc.plan.regions import padding_bytes
 from ckptc.spec.mapping import Family, Model
+from ckptc.spec.target import target_tree
 
 EIGHT_BITS = "float8"
 
@@ -160,6 +161,8 @@ class _Export:
     def _choices(self, counts: Mapping[Kind, int]) -> plan.Choices:
         return plan.Choices(
             layout=self.read.layout,
+            scan_axis=self.read.scan_axis,
+            pipeline=str(self.read.pipeline or ""),
             dtype=_most(counts),
             multimodal=self.options.multimodal,
             shards=1,
@@ -270,6 +273,9 @@ class _Export:
             out.append(
                 plan.LeftOut("opt_state/*", "the optimizer's state is no part of a model", self.saved.optimizer, 0)
             )
+        for first, reason in target_tree(self.mapping.target).besides:
+            if found := [a for a in self.saved.arrays if a.path[0] == first]:
+                out.append(plan.LeftOut(f"{first}/*", reason, len(found), sum(a.nbytes for a in found)))
         passed = [a for a in self.read.matched.passed if a.path != ("step",)]
         if passed:
             reason = "counters and states of random numbers are no parameters"

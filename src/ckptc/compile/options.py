@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckptc.compile.mesh import Mesh
+from ckptc.compile.stacking import SCAN_AXIS, Pipeline
 from ckptc.spec.mapping import Value
 from ckptc.spec.target import Rules
 
@@ -24,3 +25,5 @@ class Options:
     compression: str = "none"  # of chunks: as `ckptc.plan.model.Choices` has it
     memory: int = 512 * MIB  # bytes of buffers a run may hold
     link: bool = False  # whether what lies in source files as it is stays there
+    scan_axis: int = SCAN_AXIS  # the axis that stacked layers are: MaxText's `param_scan_axis`
+    pipeline: Pipeline | None = None  # how layers are divided into stages, if they are

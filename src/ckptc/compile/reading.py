@@ -1,6 +1,7 @@
 """reading: which layout, naming and sizes a saved checkpoint has, found by trying the mapping on it.
 
-The layout is what the checkpoint's metadata says, else the one whose arrays it has. Sizes that only pad (`pad`,
+The layout is what the checkpoint's metadata says, else the one whose arrays it has. Which axis stacked layers are, and
+how a pipeline divides them, is tried until the shapes fit. Sizes that only pad (`pad`,
 `resize`) are taken from the arrays, since any training may have chosen its own. The naming is the original's, but none
 whose tensors are packed codes.
 """
@@ -8,19 +9,21 @@ whose tensors are packed codes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from ckptc.compile.compiler import all_namings, expand_namings, supported
 from ckptc.compile.dims import evaluate_dims
-from ckptc.compile.match import Matched, match
+from ckptc.compile.match import RANDOM, Matched, match, normal
 from ckptc.compile.options import MIB, Options
+from ckptc.compile.stacking import SCAN_AXES, SCAN_AXIS, Pipeline, guesses
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.saved import Original, Saved, SavedArray
 from ckptc.spec.mapping import LAYOUTS, Family, Model, Value
-from ckptc.spec.target import target_tree
+from ckptc.spec.target import TargetTree, target_tree
 
 GB = 10**9
 SCALES = "_scale_inv"  # what a tensor of scales is called, after the tensor of codes
@@ -32,6 +35,7 @@ class ExportOptions:
     multimodal: bool = False
     set: Mapping[str, Value] = field(default_factory=dict)
     layout: str | None = None  # None: the checkpoint's own
+    scan_axis: int | None = None  # the axis that stacked layers are; None: what the shapes say
     memory: int = 1024 * MIB  # bytes of buffers a run may hold
     max_shard: int = 5 * GB  # bytes of tensors in a file
 
@@ -41,10 +45,18 @@ class Reading:
     """One reading of the mapping: a layout, and what it gives."""
 
     layout: str
+    scan_axis: int
+    pipeline: Pipeline | None
     naming: str
     dims: dict[str, Any]
     graph: Graph
     matched: Matched
+
+    @property
+    def faults(self) -> int:
+        """How many arrays do not fit."""
+        wrong = sum(array.shape != target.type.shape for target, array in self.matched.pairs(self.graph))
+        return len(self.matched.missing) + len(self.matched.others) + wrong
 
 
 def read(
@@ -60,19 +72,42 @@ def read(
     stated = None if not isinstance(scanned, bool) else LAYOUTS[0] if scanned else LAYOUTS[1]
     if stated and options.layout and stated != options.layout:
         raise _contradiction(stated, "its metadata says")
-    tried: list[Reading] = []
+    tree = target_tree(mapping.target)
+    saved = replace(saved, arrays=tuple(a for a in saved.arrays if a.path[0] not in dict(tree.besides)))
     errors: list[InputError] = []
-    for layout in [stated] if stated else LAYOUTS:
-        try:
-            tried.append(_read_as(layout, mapping, model, options, saved, original, config))
-        except InputError as error:
-            errors.append(error)
+
+    def tries(layouts: Sequence[str], pipelines: Sequence[Pipeline | None], axes: Sequence[int]) -> Iterator[Reading]:
+        for layout, pipeline, axis in product(layouts, pipelines, axes):
+            try:
+                yield _read_as(layout, pipeline, axis, mapping, model, options, saved, original, config)
+            except InputError as error:
+                errors.append(error)
+
+    pipelines: Sequence[Pipeline | None] = _pipelines(saved, tree) or [None]
+    usual = SCAN_AXIS if options.scan_axis is None else options.scan_axis
+    tried = [*tries([stated] if stated else LAYOUTS, pipelines, [usual])]
     if not tried:
         raise errors[0]
-    best = min(tried, key=lambda r: (len(r.matched.missing) + len(r.matched.others), r.layout != options.layout))
+    best = min(tried, key=lambda r: (r.faults, r.layout != options.layout))
+    if best.faults and options.scan_axis is None:
+        others = tries([best.layout], pipelines, [axis for axis in SCAN_AXES if axis != usual])
+        best = min([best, *others], key=lambda r: r.faults)
     if options.layout and best.layout != options.layout and not best.matched.missing:
         raise _contradiction(best.layout, "its arrays are")
     return best
+
+
+def _pipelines(saved: Saved, tree: TargetTree) -> list[Pipeline]:
+    """How a pipeline may have divided the layers; empty where none has."""
+    paths, shapes = [], []
+    for array in saved.arrays:
+        path = normal(array.path)
+        for inside in {p.inside for p in tree.pipelines}:
+            at = next((n for n in range(len(path)) if path[n : n + len(inside)] == inside), None)
+            if at is not None and len(array.shape) > 1 and not any(RANDOM.fullmatch(part) for part in path):
+                paths.append(path[at + len(inside) :])
+                shapes.append(array.shape)
+    return guesses(paths, shapes) if paths else []
 
 
 def _contradiction(layout: str, why: str) -> InputError:
@@ -86,6 +121,8 @@ def _contradiction(layout: str, why: str) -> InputError:
 
 def _read_as(
     layout: str,
+    pipeline: Pipeline | None,
+    scan_axis: int,
     mapping: Family,
     model: Model,
     options: ExportOptions,
@@ -98,7 +135,9 @@ def _read_as(
     dtypes = original.dtypes if original else None
     stored = most(saved.arrays)
     places = target_tree(mapping.target).places
-    choices = Options(layout=layout, dtype=stored, multimodal=options.multimodal)
+    choices = Options(
+        layout=layout, dtype=stored, multimodal=options.multimodal, scan_axis=scan_axis, pipeline=pipeline
+    )
     read: Reading | None = None
     while True:
         try:
@@ -109,7 +148,7 @@ def _read_as(
             if _unfit(graph):  # another naming may have the tensors as plain numbers
                 plain = ((n, g) for n, g in all_namings(mapping, choices, dims, names, dtypes) if not _unfit(g))
                 naming, graph = next(plain, (naming, graph))
-            read = Reading(layout, naming, dims, graph, match(graph, saved.arrays, places))
+            read = Reading(layout, scan_axis, pipeline, naming, dims, graph, match(graph, saved.arrays, places))
         except InputError:
             if read is None:
                 raise

@@ -12,6 +12,7 @@ from ckptc.compile.assemble import sha256
 from ckptc.compile.compiler import decoded, expand_namings
 from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.options import Options
+from ckptc.compile.stacking import read_pipeline
 from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.source import Checkpoint
@@ -39,7 +40,8 @@ def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoin
     }  # text is an expression
     options = Options(
         layout=choices.layout, dtype=choices.dtype, multimodal=choices.multimodal, set=given, shards=choices.shards,
-        memory=choices.memory,
+        memory=choices.memory, scan_axis=choices.scan_axis,
+        pipeline=read_pipeline(choices.pipeline) if choices.pipeline else None,
     )  # fmt: skip
     config = checkpoint.config or model.config
     dims = evaluate_dims(mapping, model, config, given)

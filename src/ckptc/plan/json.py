@@ -103,6 +103,10 @@ def _choices(choices: Choices) -> dict[str, Any]:
         del record["compression"]
     if not choices.link:
         del record["link"]
+    if choices.scan_axis == 1:
+        del record["scan_axis"]
+    if not choices.pipeline:
+        del record["pipeline"]
     return record
 
 

@@ -205,6 +205,8 @@ class Choices(Struct, frozen=True, forbid_unknown_fields=True):
     mesh: tuple[tuple[str, int], ...] = ()  # axes of the device mesh that arrays are sharded for, and their sizes
     compression: str = "none"  # of chunks: or "zstd:<level>", "blosc-lz4"
     link: bool = False  # whether chunks that lie in source files stay there
+    scan_axis: int = 1  # the axis that stacked layers are
+    pipeline: str = ""  # how layers are divided into stages: "stages=4,layers_per_stage=2"
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):

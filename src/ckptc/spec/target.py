@@ -65,6 +65,16 @@ class Stack:
 
 
 @dataclass(frozen=True)
+class Pipelined:
+    """A list of layers, and where its layers lie under pipeline parallelism."""
+
+    at: tuple[str, ...]  # without it
+    inside: tuple[str, ...]  # those that are pipelined
+    outside: tuple[str, ...]  # those that are not
+    outside_first: bool  # whether these come before the others
+
+
+@dataclass(frozen=True)
 class TargetTree:
     """What is known of a target, most specific first where patterns compete."""
 
@@ -72,6 +82,8 @@ class TargetTree:
     arrays: tuple[tuple[Pattern, tuple[Axes, ...]], ...]  # forms of different rank, without axes of stacks
     stacks: tuple[Stack, ...]
     places: tuple[tuple[str, ...], ...]  # beginnings of paths where a saved state may hold an array; the first counts
+    besides: tuple[tuple[str, str], ...]  # first parts of the paths of what is no part of the model, and why
+    pipelines: tuple[Pipelined, ...]
     mesh_axes: tuple[str, ...]
     rules: Rules
 
@@ -86,16 +98,22 @@ class TargetTree:
 
         `params/decoder/layers/mlp/wi_0/kernel` of rank 3 -> embed, layers, mlp.
         """
-        stack = next((s for s in self.stacks if s.under.begins(path)), None)
+        stack = self.stack(path)
         layers = stack.axes if stack else ()
-        for pattern, forms in self.arrays:
-            if pattern.ends(path):
-                own = next((f for f in forms if len(f) + len(layers) == rank), None)
-                if own is None:
-                    return ()
-                at = min(stack.at, len(own)) if stack else 0
-                return (*own[:at], *layers, *own[at:])
-        return ()
+        own = self.own_axes(path, rank - len(layers))
+        if own is None:
+            return ()
+        at = min(stack.at, len(own)) if stack else 0
+        return (*own[:at], *layers, *own[at:])
+
+    def stack(self, path: tuple[str, ...]) -> Stack | None:
+        """What stacks the layers at this place, if they are stacked."""
+        return next((s for s in self.stacks if s.under.begins(path)), None)
+
+    def own_axes(self, path: tuple[str, ...], rank: int) -> Axes | None:
+        """The logical axes of one layer's array, of `rank` axes; None if not known."""
+        forms = next((forms for pattern, forms in self.arrays if pattern.ends(path)), ())
+        return next((form for form in forms if len(form) == rank), None)
 
 
 @cache
@@ -113,7 +131,12 @@ def target_tree(name: str) -> TargetTree:
         data["target"],
         tuple(sorted(arrays, key=lambda a: a[0].rank, reverse=True)),
         tuple(sorted(stacks, key=lambda s: s.under.rank, reverse=True)),
-        tuple(tuple(text.split("/")) for text in data["places"]),
+        tuple(map(_path, data["places"])),
+        tuple(data["besides"].items()),
+        tuple(
+            Pipelined(_path(at), _path(p["inside"]), _path(p["outside"]), p["outside_first"])
+            for at, p in data["pipelines"].items()
+        ),
         tuple(data["mesh_axes"]),
         typed_rules(data["logical_axis_rules"]),
     )
@@ -122,6 +145,10 @@ def target_tree(name: str) -> TargetTree:
 def typed_rules(data: list[list[Any]]) -> Rules:
     """Pairs as YAML has them: `[exp, expert]`, `[vocab, [tensor, autoregressive]]`, `[kv, null]`."""
     return tuple((logical, (mesh,) if isinstance(mesh, str) else tuple(mesh or ())) for logical, mesh in data)
+
+
+def _path(text: str) -> tuple[str, ...]:
+    return tuple(text.split("/"))
 
 
 def _pattern(text: str) -> Pattern:
