@@ -16,7 +16,7 @@ import pytest
 from ckptc.diagnostics import InputError
 from ckptc.run import journal
 from ckptc.run.journal import LOCK, UNFINISHED, Journal, Unfinished, open_unfinished, output_error, read_sums
-from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter
+from ckptc.storage.checkpoint.orbax_writer import NO_LARGE, Entry, ItemsWriter
 from ckptc.storage.formats.orbax_metadata import ArraySpec
 
 SPEC = ArraySpec(("params", "params", "w"), (64,), "uint8", (8,), (1,))
@@ -300,6 +300,7 @@ class Recorder:
         self.journal_file, self.lines_at_sync = journal_file, list[int]()
         self.broken: Exception | None = None
         self.data = self  # its files
+        self.large = NO_LARGE
 
     def sync(self) -> None:
         self.lines_at_sync.append(self.journal_file.read_bytes().count(b"\n"))

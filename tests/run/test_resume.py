@@ -419,7 +419,7 @@ os.pwrite = full
     assert_whole(output, sums)
 
 
-@pytest.mark.parametrize("what", ["journal._Lines.__init__", "runner.finish", "journal.commit"])
+@pytest.mark.parametrize("what", ["journal.Lines.__init__", "runner.finish", "journal.commit"])
 def test_a_disk_that_fills_up_at_another_moment_says_so(plan: Plan, what: str, tmp_path: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -155,9 +155,9 @@ def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
 ) -> None:
     made = worker.Worker._make_chunk
 
-    def faulty(self: Any, array: Any, *rest: Any) -> Any:
-        chunk = np.array(made(self, array, *rest))
-        if array.name == EMBEDDING:
+    def faulty(self: Any, number: int, *rest: Any) -> Any:
+        chunk = np.array(made(self, number, *rest))
+        if plan.arrays[number].name == EMBEDDING:
             chunk.view(np.uint8).reshape(-1)[0] ^= 1
         return chunk
 

@@ -17,6 +17,7 @@ import ckptc
 from ckptc.compile import link
 from ckptc.compile.coverage import left_out
 from ckptc.compile.fold import Folded
+from ckptc.compile.large_chunks import enlarge
 from ckptc.compile.mesh import Partition, partition
 from ckptc.compile.options import Options
 from ckptc.compile.quantised import Quantised
@@ -198,6 +199,9 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
             else f"no --memory makes it: units have at most {UNIT_MOST >> 20} MiB",
         )
     chunk, unit = made
+    stored: tuple[int, ...] = ()
+    if not linked and not compressed:  # which cannot be written in pieces
+        chunk, stored = enlarge(content, shards, chunk, unit, bool(options.mesh))
     return plan.Array(
         target.path,
         shape,
@@ -213,6 +217,7 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
         spec=split.spec,
         indivisible=split.indivisible if any(split.indivisible) else (),
         link=linked[1] if linked else None,
+        stored=stored,
     )
 
 

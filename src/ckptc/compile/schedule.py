@@ -67,7 +67,7 @@ def fit(
     `whole`: shards are made of whole chunks, however small that makes them. Every axis is then divided by its shards.
     """
     shape, parts = content.shape, content.parts
-    main, cost, row = _main(parts), 2 * itemsize(content.dtype), 0
+    main, cost, row = main_part(parts), 2 * itemsize(content.dtype), 0
     if main is not None and main.source is not None:  # chunks are small then, as far as is known here
         needed = need(main, content.sources[main.source])
         cost = 2 * -(-(needed.read + needed.decoded_bytes) // main.size)
@@ -100,9 +100,9 @@ def _choose(
     shape: tuple[int, ...], parts: tuple[Part, ...], shards: tuple[int, ...], limit: int, row: int, whole: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A chunk and a unit of at most `limit` elements, or of one row of `row` elements of the largest part's source."""
-    main = _main(parts)
+    main = main_part(parts)
     unit, chunk = [1] * len(shape), [1] * len(shape)
-    for axis in _fastest_first(shape, main, row):
+    for axis in fastest_first(shape, main, row):
         size, room = shape[axis], limit // prod(unit)
         share = size // shards[axis]
         if room >= size or (main is not None and _within_row(main.axes[axis], row)):
@@ -135,7 +135,7 @@ def _portion(size: int, room: int, whole: bool = False) -> int:
     return next((size // k for k in enough if size % k == 0 and size // k * 2 > even), even)
 
 
-def _fastest_first(shape: tuple[int, ...], main: Part | None, row: int) -> list[int]:
+def fastest_first(shape: tuple[int, ...], main: Part | None, row: int = 0) -> list[int]:
     """The axes in the order in which the largest part's source stores them, those within a row of it first."""
     if main is None:
         return list(reversed(range(len(shape))))
@@ -153,7 +153,7 @@ def _fastest_first(shape: tuple[int, ...], main: Part | None, row: int) -> list[
 
 def read_ratio(parts: tuple[Part, ...]) -> float:
     """Elements read for each element needed, in the largest part: above 1 where a run is read with gaps."""
-    main = _main(parts)
+    main = main_part(parts)
     return plan_read(main).size * len(tensors_of(main)) / main.size if main else 0.0
 
 
@@ -214,5 +214,5 @@ def _stacked(part: Part, axis: int, size: int) -> bool:
     return part.axes[axis].start == 0 and len(factors) == 1 and factors[0].size == size and factors[0].step == 0
 
 
-def _main(parts: tuple[Part, ...]) -> Part | None:
+def main_part(parts: tuple[Part, ...]) -> Part | None:
     return max((p for p in parts if p.source is not None), key=lambda p: p.size, default=None)

@@ -19,6 +19,7 @@ from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import OpError, is_float, itemsize
 from ckptc.plan.links import linked_bytes
 from ckptc.plan.model import Array, Decode, Plan, Source
+from ckptc.plan.stored import axis_order
 
 # What arrays are stored in: the dtypes that both formats have. Tensors may be of a few more.
 INTEGERS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
@@ -90,7 +91,7 @@ def _check_import(plan: Plan) -> None:
         for source in array.sources:
             check_tensors(plan, array, source)
         sources = tuple(_kind(s) for s in array.sources)
-        stored = (array.chunk, array.unit, array.shards, array.spec, array.link)
+        stored = (array.chunk, array.stored, array.unit, array.shards, array.spec, array.link)
         kind = (array.shape, array.dtype, stored, array.parts, sources)
         if kind not in checked:
             check_array(array)
@@ -142,7 +143,7 @@ def _check_mesh(plan: Plan, array: Array) -> None:
     found = tuple(prod(sizes[name] for name in over) for over in array.spec) or (1,) * len(array.shape)
     if found != array.shards:
         raise PlanError(f"`{array.name}` has shards {list(array.shards)}, its mesh makes {list(found)}")
-    for size, shards, chunk in zip(array.shape, found, array.chunk, strict=True):
+    for size, shards, chunk in zip(array.shape, found, array.stored or array.chunk, strict=True):
         # Chunks that lie in source files are what they are there.
         if size % shards or (shards > 1 and array.link is None and size // shards % chunk):
             raise PlanError(f"shards of `{array.name}` are not whole chunks")
@@ -187,6 +188,8 @@ def _check_array(array: Array) -> None:
     for size, chunk, unit in zip(array.shape, array.chunk, array.unit, strict=True):
         if chunk > unit or unit > size or (unit % chunk and unit != size):
             raise ValueError(f"chunk {list(array.chunk)} does not fit unit {list(array.unit)} of {list(array.shape)}")
+    if array.stored:
+        _check_stored(array)
     if array.link is not None and (sorted(array.link) != list(range(rank)) or array.unit != array.chunk):
         raise ValueError(f"chunks cannot be stored in the order {list(array.link)} of its axes, and made one by one")
     if array.dtype not in DTYPES or array.dtype in UNSTORED:
@@ -203,6 +206,16 @@ def _check_array(array: Array) -> None:
             for other in array.parts[:number]:
                 if any(_meet(part, inside, box) for inside in restrict_part(other, box)):
                     raise ValueError("two of its parts overlap")
+
+
+def _check_stored(array: Array) -> None:
+    """A large chunk is whole pieces, each of them a run of its bytes, and reaches past the array only where it is cut."""
+    if len(array.stored) != len(array.shape) or array.link is not None:
+        raise ValueError("its large chunks have another number of axes, or are linked")
+    for size, piece, stored in zip(array.shape, array.chunk, array.stored, strict=True):
+        if stored < piece or (stored % piece and stored != size) or (stored == piece and size % stored):
+            raise ValueError(f"chunks {list(array.stored)} are not pieces {list(array.chunk)} of {list(array.shape)}")
+    axis_order(array.chunk, array.stored)
 
 
 def _meet(part: Part, inside: Part, box: tuple[tuple[int, int], ...]) -> bool:

@@ -117,7 +117,7 @@ def _totals(totals: Totals) -> dict[str, Any]:
 
 def _array(array: Array) -> dict[str, Any]:
     record = _record(array)
-    for key in ("spec", "indivisible"):
+    for key in ("spec", "indivisible", "stored"):
         if not record[key]:
             del record[key]
     record["path"] = array.name
@@ -310,7 +310,7 @@ def _decode_array(a: dict[str, Any]) -> Array:
         shards=tuple(a["shards"]), axes=tuple(a["axes"]), rule=a["rule"], ops=tuple(a["ops"]),
         sources=tuple(_decode_source(s) for s in a["sources"]), parts=tuple(_decode_part(p) for p in a["parts"]),
         spec=tuple(map(tuple, a.get("spec", ()))), indivisible=tuple(map(tuple, a.get("indivisible", ()))),
-        link=tuple(a["link"]) if "link" in a else None,
+        link=tuple(a["link"]) if "link" in a else None, stored=tuple(a.get("stored", ())),
     )  # fmt: skip
 
 

@@ -131,6 +131,8 @@ class Array(Struct, frozen=True, forbid_unknown_fields=True):
     indivisible: tuple[tuple[str, ...], ...] = ()  # and those that would, but that do not divide it; () for none
     link: tuple[int, ...] | None = None  # the axes, slowest first, in the order that chunks are stored in; then chunks
     # that lie so in a source file are linked, not made (`ckptc.plan.links`)
+    stored: tuple[int, ...] = ()  # the chunk as it is stored, where that is larger than `chunk`, which is then what is
+    # written of it at once (`ckptc.plan.stored`)
 
     @property
     def name(self) -> str:

@@ -81,14 +81,17 @@ class Written:
     written: int
     peak: int  # bytes of memory
     writers: tuple[int, ...]  # numbers of its writers, those of earlier runs included
+    journals: tuple[int, ...] = ()  # and of all that have a journal, where some have no files of their own
 
 
 def gather(peers: Alone, unfinished: Unfinished, mine: Written) -> list[Written]:
     """Says that this process's work is durable, and, in process 0, waits for that of all and until it is seen here."""
-    peers.say("written", json.dumps({**asdict(mine), "writers": unfinished.wrote(mine.writers)}))
+    wrote = {"writers": unfinished.wrote(mine.writers), "journals": mine.writers}
+    peers.say("written", json.dumps({**asdict(mine), **wrote}))
     if peers.process:
         return [mine]
     parts = [Written(**json.loads(text)) for _, text in sorted(peers.hear("written", peers.processes).items())]
     numbers = [k for part in parts for k in part.writers]
-    seen(lambda: unfinished.shows(numbers), peers)  # if not, `finish` says what is missing
+    journals = [k for part in parts for k in part.journals]
+    seen(lambda: unfinished.shows(numbers, journals), peers)  # if not, `finish` says what is missing
     return parts

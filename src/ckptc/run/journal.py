@@ -35,10 +35,12 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptc.diagnostics import InputError, fail
+from ckptc.run.journal_lines import Lines
 from ckptc.run.sources import Sighting, other_plan
-from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, commit, make_durable
+from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState
 from ckptc.storage.formats import checksum
 from ckptc.storage.sink.directory import Directory
+from ckptc.storage.sink.durable import commit, make_durable
 
 LOCK = ".ckptc-lock"
 UNFINISHED = ".ckptc-unfinished"  # not a step's name: no reader takes it for a checkpoint
@@ -98,8 +100,9 @@ class Unfinished:
     def wrote(self, numbers: Sequence[int]) -> list[int]:
         return [k for k in numbers if self._index(k).exists()]
 
-    def shows(self, numbers: Sequence[int]) -> bool:
-        return all(self._index(k).exists() and (self.directory / f"journal.{k}").exists() for k in numbers)
+    def shows(self, numbers: Sequence[int], journals: Sequence[int]) -> bool:
+        there = all((self.directory / f"journal.{k}").exists() for k in (*numbers, *journals))
+        return there and all(self._index(k).exists() for k in numbers)
 
     def _index(self, number: int) -> Path:
         """There, unless the writer has written nothing."""
@@ -211,7 +214,7 @@ def read_writers(unfinished: Unfinished, processes: Iterable[int]) -> None:
     """Takes in what the journals of some writers say."""
     for process in processes:
         path = unfinished.directory / f"journal.{process}"
-        read = _Lines(unfinished.checkpoint, process, path)
+        read = Lines(unfinished.checkpoint, process, path)
         if read.file is None:
             continue
         os.truncate(path, read.length)  # a line that a crash cut short, so that the next one does not continue it
@@ -277,42 +280,11 @@ def _journals(directory: Path) -> Iterator[tuple[int, Path]]:
             yield int(path.suffix[1:]), path
 
 
-class _Lines:
-    """What a journal says, up to the first line that is not whole or speaks of data that is not there."""
-
-    def __init__(self, checkpoint: Path, process: int, path: Path) -> None:
-        self.file: str | None = None
-        self.units: list[int] = []
-        self.entries: list[Entry] = []
-        self.sums: defaultdict[int, int] = defaultdict(int)  # of arrays, as positions in the plan
-        first, *lines = path.read_bytes().split(b"\n")
-        file = first.decode("ascii", "replace")
-        data = checkpoint / "items" / f"ocdbt.process_{process}" / "d" / file
-        if not lines or not re.fullmatch("[0-9a-f]{32}", file) or not data.is_file():
-            return
-        self.file, self.length = file, len(first) + 1
-        size = data.stat().st_size
-        for line in lines[:-1]:  # the piece after the last newline is a line cut short
-            try:
-                record = json.loads(line)
-                entries = [Entry(str(key), int(offset), int(length)) for key, offset, length in record["chunks"]]
-                units, sums = list(map(int, record["units"])), [(int(a), int(s)) for a, s in record["sums"]]
-            except (ValueError, TypeError, KeyError):
-                return
-            if any(e.offset < 0 or e.offset + e.length > size for e in entries):
-                return
-            self.units += units
-            self.entries += entries
-            for array, value in sums:
-                self.sums[array] = checksum.add(self.sums[array], value)
-            self.length += len(line) + 1
-
-
 def read_sums(unfinished: Unfinished) -> dict[int, int]:
     """The sums of all chunks that the journals speak of, by the array's position in the plan."""
     out: defaultdict[int, int] = defaultdict(int)
     for process, path in _journals(unfinished.directory):
-        for array, value in _Lines(unfinished.checkpoint, process, path).sums.items():
+        for array, value in Lines(unfinished.checkpoint, process, path).sums.items():
             out[array] = checksum.add(out[array], value)
     return dict(out)
 
@@ -361,7 +333,13 @@ class Journal:
     def _write_batch(self, units: list[int], chunks: list[Entry], sums: dict[int, int]) -> None:
         try:
             self._writer.sync()
-            record = {"units": units, "sums": list(sums.items()), "chunks": [chunk[:3] for chunk in chunks]}
+            record: dict[str, object] = {
+                "units": units,
+                "sums": list(sums.items()),
+                "chunks": [chunk[:3] for chunk in chunks],
+            }
+            if self._writer.large.size:
+                record["large"] = self._writer.large.size
             view = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
             while view:
                 view = view[os.write(self._descriptor, view) :]

@@ -70,8 +70,8 @@ class Unfinished(Protocol):
     def wrote(self, numbers: Sequence[int]) -> list[int]:
         """Those of some closed writers that have written anything."""
 
-    def shows(self, numbers: Sequence[int]) -> bool:
-        """Whether what closed writers have left can be seen from here."""
+    def shows(self, numbers: Sequence[int], journals: Sequence[int]) -> bool:
+        """Whether what closed writers have left can be seen from here: the files of `numbers`, the journals of both."""
 
     def complete(self, finish: Finish, before_commit: Callable[[Path], None], check: Callable[[], None]) -> None:
         """Has `finish` write the checkpoint's index and metadata, and commits. `check` raises when it must not be."""

@@ -160,7 +160,7 @@ class RemoteUnfinished:
     def wrote(self, numbers: Sequence[int]) -> list[int]:
         return [k for k in numbers if k in self.writers or self.store.names(f"{_JOURNALS}{k}/{self.run}.")]
 
-    def shows(self, numbers: Sequence[int]) -> bool:
+    def shows(self, numbers: Sequence[int], journals: Sequence[int]) -> bool:
         return True  # what has been written is seen by all at once
 
     def complete(self, finish: Finish, before_commit: Callable[[Path], None], check: Callable[[], None]) -> None:

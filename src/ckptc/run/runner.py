@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from ckptc.diagnostics import fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
@@ -80,6 +82,8 @@ def run(
     """
     started, wall = time.perf_counter(), time.time_ns()
     settings, peers = settings or Settings(jobs=1), peers or Alone()
+    if is_url(output):
+        plan = in_pieces(plan)
     where = output_at(output, plan)
     where.check()
     directory = find_source(plan, source)
@@ -161,6 +165,8 @@ def _lead(
                         linked=linked.chunks,
                         linked_files=list(linked.files),
                         beside=beside(),
+                        large=work.large_chunks(),
+                        large_bytes=work.large.size,
                         check=check,
                     )
 
@@ -205,7 +211,17 @@ def _damage(output: Output) -> Iterator[None]:
 
 def output_at(output: Path | str, plan: Plan) -> Output:
     """The directory of this path, or what a URL names."""
-    return RemoteOutput(output, plan) if isinstance(output, str) and "://" in output else LocalOutput(Path(output))
+    return RemoteOutput(str(output), plan) if is_url(output) else LocalOutput(Path(output))
+
+
+def is_url(output: Path | str) -> bool:
+    """Whether an output is an object store's."""
+    return isinstance(output, str) and "://" in output
+
+
+def in_pieces(plan: Plan) -> Plan:
+    """The plan without large chunks: what is written into objects is written once, whole, so each piece is a chunk there."""
+    return replace(plan, arrays=tuple(replace(a, stored=()) for a in plan.arrays))
 
 
 def find_source(plan: Plan, source: Path | None) -> Path:
@@ -241,12 +257,15 @@ def custom_metadata(plan: Plan, digest: str, sums: dict[int, int], linked: Linke
         for n, a in enumerate(plan.arrays)
         if n not in linked.arrays
     }
+    # A checksum is a sum over chunks, or over the pieces of large ones.
+    summed = {a.name: list(a.chunk) for a in plan.arrays if a.stored}
+    pieces = {"pieces": summed} if summed else {}
     return {
         "scan_layers": plan.choices.layout == "scanned",
         "ckptc": {
             "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family, "dims": dict(plan.choices.dims),
             "multimodal": plan.choices.multimodal,
             "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest,
-            "checksum": checksum.NAME, "checksums": sealed, **linked.metadata(plan),
+            "checksum": checksum.NAME, "checksums": sealed, **pieces, **linked.metadata(plan),
         },
     }  # fmt: skip

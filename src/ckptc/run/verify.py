@@ -123,8 +123,8 @@ def check_sums(step: Path, on_progress: OnProgress = _nothing) -> Verified:
     for name in sorted(stored.keys() & sums.known.keys()):
         array, summer, found = stored[name], checksum.Summer(), 0
         try:
-            for cell, _, data in _chunks(array, tuple((0, n) for n in array.shape)):
-                found = checksum.add(found, summer.chunk(cell, data))
+            for inside, data in _chunks(array, tuple((0, n) for n in array.shape)):
+                found = checksum.add(found, sums.sum(array, summer, [s.start for s in inside], data))
             problems += sums.differ(array, found)
         except InputError as error:
             problems += error.diagnostics
@@ -162,11 +162,11 @@ def _compare_array(target: Target, stored: RestoredArray, tensors: Tensors, sums
         chunks = _chunks(stored, box)
         first = next(chunks)  # the first ones are read while the block is made
         expected = make(node, tensors)
-        for cell, inside, found in chain([first], chunks):
+        for inside, found in chain([first], chunks):
             corner = tuple(low + s.start for (low, _), s in zip(box, inside, strict=True))
             at: Any = (*inside, ...)  # with `...` an array without axes stays one
             _compare_chunk(expected[at], found, corner, difference)
-            total = checksum.add(total, summer.chunk(cell, found))
+            total = checksum.add(total, sums.sum(stored, summer, corner, found))
     if not difference.elements:
         return sums.differ(stored, total)
     n, size = difference.elements, prod(stored.shape)
@@ -202,30 +202,27 @@ def _shown(value: Any) -> str:
     return f"{value!s} (0x{np.asarray(value).tobytes()[::-1].hex()})"
 
 
-def _cells(array: RestoredArray, box: Box) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """The chunks of a box of whole chunks: their cell in the array's grid, and where they stand in the box."""
-    cells = grid(array.shape, array.chunk)
+def _cells(array: RestoredArray, box: Box) -> Iterator[tuple[slice, ...]]:
+    """The chunks of a box of whole chunks: where they stand in the box."""
     for corner in product(*(range(low, high, c) for (low, high), c in zip(box, array.chunk, strict=True))):
-        index = tuple(x // c for x, c in zip(corner, array.chunk, strict=True))
-        inside = tuple(slice(x - low, x - low + c) for x, c, (low, _) in zip(corner, array.chunk, box, strict=True))
-        yield checksum.cell_of(index, cells), inside
+        yield tuple(slice(x - low, x - low + c) for x, c, (low, _) in zip(corner, array.chunk, box, strict=True))
 
 
-def _chunks(array: RestoredArray, box: Box) -> Iterator[tuple[int, tuple[slice, ...], Array]]:
-    """The chunks of a box of whole chunks: their cell in the array's grid, where they stand in the box, and what they
-    hold; the next ones being read while one is used."""
+def _chunks(array: RestoredArray, box: Box) -> Iterator[tuple[tuple[slice, ...], Array]]:
+    """The chunks of a box of whole chunks: where they stand in the box, and what they hold; the next ones being read while
+    one is used."""
     ahead = max(1, AHEAD // max(1, prod(array.chunk) * itemsize(array.dtype)))
-    pending: deque[tuple[int, tuple[slice, ...], Pending]] = deque()
-    for cell, inside in _cells(array, box):
+    pending: deque[tuple[tuple[slice, ...], Pending]] = deque()
+    for inside in _cells(array, box):
         edges = zip(inside, box, array.shape, strict=True)
         part = tuple((low + s.start, min(low + s.stop, n)) for s, (low, _), n in edges)
-        pending.append((cell, inside, array.start(part)))
+        pending.append((inside, array.start(part)))
         if len(pending) > ahead:
-            cell, inside, first = pending.popleft()
-            yield cell, inside, first.result()
+            inside, first = pending.popleft()
+            yield inside, first.result()
     while pending:
-        cell, inside, first = pending.popleft()
-        yield cell, inside, first.result()
+        inside, first = pending.popleft()
+        yield inside, first.result()
 
 
 def _nbytes(array: RestoredArray) -> int:
@@ -245,8 +242,23 @@ class _Sums:
         self.files: dict[str, Any] = files if isinstance(files, dict) else {}
         self.linked = {str(name) for name in arrays} if isinstance(arrays, list) else set[str]()
 
+    def piece(self, array: RestoredArray) -> tuple[int, ...]:
+        """What the array's checksum was summed over: its chunks, or the pieces that large ones were written in."""
+        noted = self.known.get(array.name)
+        return array.chunk if noted is None else noted.grid_of(array.chunk)
+
+    def sum(self, array: RestoredArray, summer: checksum.Summer, corner: Sequence[int], data: Array) -> int:
+        """What a chunk adds to its array's sum. `corner`: where in the array it begins."""
+        piece, total = self.piece(array), 0
+        cells = grid(array.shape, piece)
+        for at in product(*(range(0, n, p) for n, p in zip(data.shape, piece, strict=True))):
+            index = [(low + x) // p for low, x, p in zip(corner, at, piece, strict=True)]
+            part: Any = (*(slice(x, x + p) for x, p in zip(at, piece, strict=True)), ...)
+            total += summer.chunk(checksum.cell_of(index, cells), data[part])
+        return checksum.add(total)
+
     def differ(self, array: RestoredArray, total: int) -> list[Diagnostic]:
-        found, expected = checksum.seal(total, array.shape, array.dtype, array.chunk), self.known.get(array.name)
-        if expected is None or found == expected:
+        found, expected = checksum.seal(total, array.shape, array.dtype, self.piece(array)), self.known.get(array.name)
+        if expected is None or found == expected.checksum:
             return []
-        return [differs(array.name, expected, found)]
+        return [differs(array.name, expected.checksum, found)]

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from ckptc.diagnostics import fail
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.links import links
 from ckptc.plan.model import Array, Box, Plan
 from ckptc.plan.order import forwards
+from ckptc.plan.stored import axis_order, file_bytes, places
 from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, divided
 from ckptc.run.memory import peak_resident_bytes
@@ -21,7 +24,8 @@ from ckptc.run.output import Output, Unfinished
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.worker import Worker
 from ckptc.run.write_behind import WriteBehind
-from ckptc.storage.checkpoint.orbax_writer import ItemsWriter
+from ckptc.storage.checkpoint.links import LinkedChunks
+from ckptc.storage.checkpoint.orbax_writer import LARGE_FILE, ItemsWriter, LargeChunks, WriterState
 from ckptc.storage.formats.compression import NONE
 from ckptc.storage.formats.orbax_metadata import ArraySpec
 from ckptc.storage.formats.zarr3 import grid
@@ -58,8 +62,10 @@ class Work:
         self.peers, self.on_progress = peers, on_progress
         self.plan, self.directory, self.files = plan, directory, files
         self.output, self.unfinished = output, unfinished
+        self.places = places(plan)
+        self.large = LargeChunks(file_bytes(plan), {n: p.at for n, p in self.places.items()})
         self.specs = [_array_spec(a, plan) for a in plan.arrays]
-        self.grids = [grid(a.shape, a.chunk) for a in plan.arrays]
+        self.grids = [grid(s.shape, s.chunk) for s in self.specs]
         self.units = forwards(plan)
         self.todo = divided(peers, plan, self.units, [n for n in range(len(self.units)) if n not in unfinished.done])
         held = worker_bytes(plan.totals.peak_memory_bytes) + output.held()
@@ -81,12 +87,14 @@ class Work:
         How far they can be compressed is known when they are; to a quarter, it is taken: weights are not, and where the
         disk fills up after all, what is done is kept.
         """
-        sizes = [prod(a.chunk) * itemsize(a.dtype) for a in self.plan.arrays]
+        sizes = [prod(s.chunk) * itemsize(s.dtype) for s in self.specs]
         made = [prod(g) - links(a).cells.size for a, g in zip(self.plan.arrays, self.grids, strict=True)]
         stored = sum(place(size, size) * n for size, n in zip(sizes, made, strict=True))
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
         if self.plan.choices.compression != NONE:
             stored //= COMPRESSED_LEAST
+        if self.large.size and self.unfinished.place.holds(f"items/{LARGE_FILE}", self.large.size):
+            kept += self.large.size  # it has its room since it was begun
         return max(0, stored - kept) + 40 * sum(map(prod, self.grids)) + (1 << 16)
 
     def execute(self) -> Written:
@@ -106,13 +114,24 @@ class Work:
         for k in mine:
             if k not in working:
                 state = self.unfinished.writers[k]
-                ItemsWriter(self.unfinished.place, self.specs, process=k, resume=state).close()
+                self._writer(k, state).close()
         written = self.resumed + self.shared.written
         return Written(self.shared.read, written, peak_resident_bytes(), tuple(sorted({*mine, *working})))
 
     def _number(self, k: int) -> int:
         """The writer's number of worker k: no two processes have one number, however many workers each has."""
         return self.peers.process + self.peers.processes * k
+
+    def _writer(self, number: int, state: WriterState | None) -> ItemsWriter:
+        return ItemsWriter(self.unfinished.place, self.specs, process=number, resume=state, large=self.large)
+
+    def large_chunks(self) -> list[LinkedChunks]:
+        """Where the large chunks lie, in the one file that holds them."""
+        out = []
+        for number, found in self.places.items():
+            cells = np.arange(prod(found.grid), dtype=np.int64)
+            out.append(LinkedChunks(number, cells, np.zeros_like(cells), found.begin + cells * found.step))
+        return out
 
     def _worker(self, k: int, tick: Callable[[], None]) -> None:
         try:
@@ -129,7 +148,7 @@ class Work:
     def _make_units(self, k: int, tick: Callable[[], None]) -> None:
         number = self._number(k)
         state = self.unfinished.writers.get(number)
-        writer = ItemsWriter(self.unfinished.place, self.specs, process=number, resume=state)
+        writer = self._writer(number, state)
         written = 0
         with (
             RangeReader(self.directory, self.files, once=not self.plan.totals.reread_bytes) as reader,
@@ -141,7 +160,7 @@ class Work:
             with closing(worker.make(self._take())) as made:
                 for position, size in made:
                     written += size
-                    writer.data.eager = not reader.from_disk  # or the reads would wait for its syncs
+                    writer.eager = not reader.from_disk  # or the reads would wait for its syncs
                     behind.end(self.todo[position], self.units[self.todo[position]].array)
                     self.shared.note(k, position, written, reader.bytes_read)
                     tick()
@@ -165,9 +184,9 @@ def _array_spec(array: Array, plan: Plan) -> ArraySpec:
     spec = array.spec if plan.choices.mesh else None
     # Chunks that lie in source files are stored as they are, and so the others of their array.
     compression = plan.choices.compression if array.link is None else NONE
-    return ArraySpec(
-        array.path, array.shape, array.dtype, array.chunk, array.shards, spec, array.link, compression=compression
-    )
+    order = axis_order(array.chunk, array.stored) if array.stored else array.link
+    chunk = array.stored or array.chunk
+    return ArraySpec(array.path, array.shape, array.dtype, chunk, array.shards, spec, order, compression=compression)
 
 
 def copied(plan: Plan) -> int:

@@ -24,12 +24,14 @@ from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import OpError, itemsize, numpy_dtype
 from ckptc.plan.model import Array, Box, Plan, Source
 from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, tensor_loops
+from ckptc.plan.stored import axis_order
 from ckptc.run.decode import BesideRows, Coded, Decoder, packed_rows
 from ckptc.run.kernel import Conversion, Kernel, Loop, raw, simplify
 from ckptc.storage.sink.file import grown
 from ckptc.storage.source.ranges import RangeReader
 
 Bytes = npt.NDArray[np.uint8]
+Order = tuple[int, ...] | None  # of axes, slowest first; None: their own
 Sink = Callable[[int, tuple[int, ...], npt.NDArray[Any]], None]  # array, chunk's index, chunk
 
 
@@ -51,6 +53,8 @@ class Worker:
     def __init__(self, plan: Plan, reader: RangeReader, sink: Sink, settle: Callable[[], None]) -> None:
         self.plan, self.reader, self.sink, self.settle = plan, reader, sink, settle
         self.kernel, self.decoder = Kernel(), Decoder()
+        # The axes of pieces of large chunks are made in the order in which they are stored: linked chunks are turned later.
+        self._orders = [axis_order(a.chunk, a.stored) if a.stored else None for a in plan.arrays]
         self._held = [np.empty(0, dtype=np.uint8)] * 2  # what a unit's parts need: read and decoded, by turns
         self._lent = False  # whether the sink may still read a chunk there
         self._chunks = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
@@ -76,7 +80,7 @@ class Worker:
     def _make(self, key: int, number: int, box: Box, loaded: Future[list[Local]]) -> tuple[int, int]:
         array, local, made = self.plan.arrays[number], loaded.result(), 0
         for index, within in chunks(array, box):
-            chunk = self._make_chunk(array, local, within)
+            chunk = self._make_chunk(number, local, within)
             self.sink(number, index, chunk)
             made += chunk.nbytes
         return key, made
@@ -140,23 +144,26 @@ class Worker:
             ) from None
         return decoded
 
-    def _make_chunk(self, array: Array, local: list[Local], within: Box) -> npt.NDArray[Any]:
+    def _make_chunk(self, number: int, local: list[Local], within: Box) -> npt.NDArray[Any]:
+        array = self.plan.arrays[number]
         shape = tuple(high - low for low, high in within)
         found = [(x, p) for x in local for p in restrict_part(x.part, within)]
-        if len(found) == 1 and (direct := _direct(found[0][0], found[0][1], array, shape)) is not None:
+        if len(found) == 1 and (direct := self._direct(found[0][0], found[0][1], number, shape)) is not None:
             self._lent = True
             return direct
         self._lent = False
-        size = prod(shape) * itemsize(array.dtype)
+        size, order = prod(shape) * itemsize(array.dtype), self._orders[number]
         turn = self._turn = 1 - self._turn
         self._chunks[turn] = grown(self._chunks[turn], size)
         flat = self._chunks[turn][:size].view(numpy_dtype(array.dtype))
         for x, part in found:
-            self._copy(x, part, array, shape, flat)
-        return flat.reshape(shape)
+            self._copy(x, part, array, shape, order, flat)
+        return in_order(flat, shape, order)
 
-    def _copy(self, x: Local, part: Part, array: Array, shape: tuple[int, ...], flat: npt.NDArray[Any]) -> None:
-        loops, at = target_loops(part, shape)
+    def _copy(
+        self, x: Local, part: Part, array: Array, shape: tuple[int, ...], order: Order, flat: npt.NDArray[Any]
+    ) -> None:
+        loops, at = target_loops(part, shape, order)
         if x.data is None:
             value = constant(part, array.dtype)
             # As plain unsigned integers: numpy makes no strided views of some of ml_dtypes' types.
@@ -165,6 +172,15 @@ class Worker:
             np.lib.stride_tricks.as_strided(bits, [n for n, _, _ in loops], steps)[...] = value.view(bits.dtype)
             return
         self.kernel.copy(x.data, part.base, flat, at, loops, Conversion(x.dtype, array.dtype, part.math))
+
+    def _direct(self, x: Local, part: Part, number: int, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+        """The chunk as it lies in the read buffer, where nothing needs to move."""
+        if x.data is None or not Conversion(x.dtype, self.plan.arrays[number].dtype, part.math).moves:
+            return None
+        loops, at = target_loops(part, shape, self._orders[number])
+        if at or any(loop != (prod(shape), 1, 1) for loop in simplify(loops)):
+            return None
+        return in_order(x.data[part.base : part.base + prod(shape)], shape, self._orders[number])
 
 
 def chunks(array: Array, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
@@ -202,14 +218,23 @@ def packed(part: Part, read: Read) -> Part:
     return replace(part, base=0, first=0, axes=axes)
 
 
-def target_loops(part: Part, shape: tuple[int, ...]) -> tuple[list[Loop], int]:
-    """The loops of a part over a row-major array of `shape`, and the first element's place."""
+def target_loops(part: Part, shape: tuple[int, ...], order: Order = None) -> tuple[list[Loop], int]:
+    """The loops of a part over an array of `shape` whose axes lie in this order, slowest first, or in their own; and the
+    first element's place."""
     loops, at, stride = [], 0, prod(shape)
-    for axis, size in zip(part.axes, shape, strict=True):
-        stride //= size
+    for number in order or range(len(shape)):
+        axis = part.axes[number]
+        stride //= shape[number]
         at += axis.start * stride
         loops += [Loop(f.size, f.step, f.weight * stride) for f in axis.factors]
     return loops, at
+
+
+def in_order(flat: npt.NDArray[Any], shape: tuple[int, ...], order: Order) -> npt.NDArray[Any]:
+    """The array of `shape` whose axes lie in this order, slowest first, or in their own: a view."""
+    if order is None:
+        return flat.reshape(shape)
+    return flat.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
 
 def constant(part: Part, dtype: str) -> npt.NDArray[Any]:
@@ -225,13 +250,3 @@ def constant(part: Part, dtype: str) -> npt.NDArray[Any]:
         else:
             value = np.float32(np.asarray(value).astype(numpy_dtype(str(operand))))
     return np.asarray(value).astype(numpy_dtype(dtype))
-
-
-def _direct(x: Local, part: Part, array: Array, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-    """The chunk as it lies in the read buffer, where nothing needs to move."""
-    if x.data is None or not Conversion(x.dtype, array.dtype, part.math).moves:
-        return None
-    loops, at = target_loops(part, shape)
-    if at or any(loop != (prod(shape), 1, 1) for loop in simplify(loops)):
-        return None
-    return x.data[part.base : part.base + prod(shape)].reshape(shape)

@@ -31,7 +31,7 @@ class WriteBehind:
         self._grids = [grid(a.shape, a.chunk) for a in plan.arrays]
         self._summer = checksum.Summer()
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[Entry] | None = None
+        self._pending: Future[Entry | None] | None = None  # None: a piece of a large chunk, which nobody looks for
         self._ended: tuple[int, int] | None = None  # a unit, and its array, whose last chunk may still be written
         self._entries: list[Entry] = []
         self._sum = 0
@@ -41,9 +41,13 @@ class WriteBehind:
         self.settle()
         self._sum += part
         if chunk.nbytes < LEAST:  # handing it over costs more than the page cache takes
-            self._entries.append(self._writer.write_chunk(array, index, chunk))
+            self._note(self._writer.write_chunk(array, index, chunk))
         else:
             self._pending = self._thread.submit(self._writer.write_chunk, array, index, chunk)
+
+    def _note(self, entry: Entry | None) -> None:
+        if entry is not None:
+            self._entries.append(entry)
 
     def end(self, unit: int, array: int) -> None:
         """All chunks of a unit have been put. The next unit is begun while the last of them is written."""
@@ -56,7 +60,7 @@ class WriteBehind:
         if self._pending is not None:
             entry = self._pending.result()  # what failed stays pending: a unit that lacks a chunk is never done
             self._pending = None
-            self._entries.append(entry)
+            self._note(entry)
         if self._ended is not None:
             ended, entries, total = self._ended, self._entries, self._sum
             self._ended, self._entries, self._sum = None, [], 0

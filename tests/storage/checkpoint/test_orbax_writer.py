@@ -29,6 +29,7 @@ from ckptc.storage.checkpoint.orbax_writer import ItemsWriter, WriterState
 from ckptc.storage.formats import zarr3
 from ckptc.storage.formats.orbax_metadata import AXIS, ArraySpec, sharding_metadata
 from ckptc.storage.sink.directory import Directory
+from ckptc.storage.sink.durable import commit
 from restoring import v1_load, with_devices
 
 BEFORE_0_12 = tuple(map(int, version("orbax-checkpoint").split(".")[:2])) < (0, 12)
@@ -84,7 +85,7 @@ def checkpoint(out: Path, processes: int = 1, **options: Any) -> Path:
     partial = out / "0.unfinished"
     write_all(partial, processes)
     finish(partial, out / "0", **options)
-    orbax.commit(partial, out / "0")
+    commit(partial, out / "0")
     return out / "0"
 
 
@@ -533,10 +534,10 @@ def test_commit_refuses_to_replace_anything(tmp_path: Path) -> None:
     write_all(tmp_path / "1.unfinished")
     finish(tmp_path / "1.unfinished")
     with pytest.raises(InputError) as error:
-        orbax.commit(tmp_path / "1.unfinished", made)
+        commit(tmp_path / "1.unfinished", made)
     assert error.value.diagnostics[0].code == "output-exists"
     assert_restored(standard(made))
-    orbax.commit(tmp_path / "1.unfinished", tmp_path / "new" / "folder" / "0")
+    commit(tmp_path / "1.unfinished", tmp_path / "new" / "folder" / "0")
     assert_restored(standard(tmp_path / "new" / "folder" / "0"))
 
 

@@ -29,7 +29,7 @@ from ckptc.ir.source import SourceFile
 from ckptc.storage.checkpoint.orbax_chunks import PlainReader, Slices, decoded, pieces
 from ckptc.storage.checkpoint.orbax_index import PlainIndex, list_chunks
 from ckptc.storage.checkpoint.steps import MANIFEST, METADATA, STEP_METADATA, Step, find_step
-from ckptc.storage.checkpoint.sums import Axes, Sums, noted
+from ckptc.storage.checkpoint.sums import Axes, Noted, Sums, noted
 from ckptc.storage.formats.zarr3 import numpy_dtype
 from ckptc.storage.source.content import Status, sample_files, statuses
 from ckptc.storage.source.files import header_digest, open_regular, pread, refuse, resolve, shown
@@ -103,7 +103,7 @@ def open_reader(items: Path, plain: PlainIndex | None = None, sums: Sums | None 
     return ArrayReader(items, zarr3, ocdbt, list_plain(items) if plain is None else plain, sums)
 
 
-def noted_sums(items: Path) -> dict[str, str]:
+def noted_sums(items: Path) -> dict[str, Noted]:
     """The checksums that the checkpoint of `items` carries, by array."""
     return noted(_custom(find_step(items).directory))
 

@@ -11,14 +11,16 @@
         manifest.ocdbt, d/<nodes>    OCDBT: every chunk of every process, by reference
         ocdbt.process_K/             OCDBT: what process K wrote
           manifest.ocdbt, d/<data>, d/<nodes>
+        large/chunks                 chunks that are written in pieces, by all processes
         linked/<file>                source files that hold chunks as they are (`ckptc.storage.checkpoint.links`)
 
 Each process appends its chunks to a data file through an `ItemsWriter`, in any order and from any thread; a chunk is
-then known by its key, file, offset and length. In an object store, which has no files that grow, a process writes many
+then known by its key, file, offset and length. Large chunks, of which a process makes only pieces at a time, lie in one
+file for all, at places that are known beforehand. In an object store, which has no files that grow, a process writes many
 (`ckptc.storage.sink.directory` says what a checkpoint's place can do). `close` writes the process's index. `finish` reads the
 indexes of all processes back through TensorStore, proves that they hold every chunk exactly once, and writes
-the index over all of them and the metadata, the markers of a finished checkpoint last. `commit` makes a local directory
-durable and names it.
+the index over all of them and the metadata, the markers of a finished checkpoint last. `ckptc.storage.sink.durable` makes a
+local directory durable and names it.
 
 Memory: 12 bytes for each chunk of the checkpoint (20 where they are compressed), and one encoded index, about 13 bytes for each chunk.
 File names, JSON fields and their values are what orbax-checkpoint 0.12.8 writes for MaxText's train state.
@@ -28,19 +30,17 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
-from ckptc.diagnostics import fail
 from ckptc.storage.checkpoint.links import LINKED, LinkedChunks
 from ckptc.storage.formats import ocdbt, zarr3
 from ckptc.storage.formats.compression import NONE, Encoder
@@ -53,12 +53,14 @@ from ckptc.storage.formats.orbax_metadata import (
     tree_metadata,
 )
 from ckptc.storage.sink.directory import Place
+from ckptc.storage.sink.file import BulkFile
 
 # Orbax lets nodes grow to 100 MB, and reads with a cache of 100 MB for all of them: a node near that size is
 # evicted and decoded again and again (650,000 keys, 200 random reads: 27 s; with nodes of 1 MiB, 0.05 s).
 NODE_BYTES = 1 << 20
 
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+LARGE_FILE = "large/chunks"  # below `items`
 _BUSY = -2  # instead of the offset of a chunk that is being written
 
 
@@ -69,6 +71,18 @@ class Entry(NamedTuple):
     offset: int  # bytes from the start of the file
     length: int  # bytes
     file: int = 0  # of the writer's files, as `WriterState` has them
+
+
+@dataclass(frozen=True, slots=True)
+class LargeChunks:
+    """Chunks that are written in pieces, in a file that all writers share."""
+
+    size: int = 0  # bytes of the file; 0 where there is none
+    at: Mapping[int, Callable[[Sequence[int]], int]] = field(default_factory=dict)  # of each array that has such
+    # chunks, as a position in `arrays`, where in the file a piece begins, by its index in the grid of pieces
+
+
+NO_LARGE = LargeChunks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +111,7 @@ class ItemsWriter:
         *,
         process: int = 0,
         resume: WriterState | None = None,
+        large: LargeChunks = NO_LARGE,
     ) -> None:
         self._chunks = _chunks(arrays)
         self._place, self._below = place, f"items/ocdbt.process_{process}/"
@@ -108,9 +123,11 @@ class ItemsWriter:
             self._chunks.add(key, offset, length, file)
             end = max(end, offset + length)
         self.data = place.data(self._below, resume.files if resume else (), end)
+        self.large = large
+        self._large = place.reserved(f"items/{LARGE_FILE}", large.size) if large.size else None
 
-    def write_chunk(self, array: int, index: tuple[int, ...], data: memoryview | npt.NDArray[Any]) -> Entry:
-        """Append a chunk, from any thread, and say where it is.
+    def write_chunk(self, array: int, index: tuple[int, ...], data: memoryview | npt.NDArray[Any]) -> Entry | None:
+        """Append a chunk, from any thread, and say where it is; or write a piece of a large one where it belongs.
 
         `array`: position in `arrays`; `index`: position in the array's grid; `data`: what
         `zarr3.Array.data` takes, written from where it is unless the array is compressed.
@@ -119,6 +136,10 @@ class ItemsWriter:
             ValueError: data of another size or type, or an index outside the grid.
             RuntimeError: the chunk is written already, or the writer is closed.
         """
+        if array in self.large.at:
+            assert isinstance(data, np.ndarray) and self._large is not None
+            self._write_piece(self._large, array, index, data)
+            return None
         a, offsets = self._chunks.arrays[array], self._chunks.offsets[array]
         cell, view = a.cell(index), a.data(index, data)
         if a.compression != NONE:
@@ -137,9 +158,28 @@ class ItemsWriter:
         self._chunks.put(array, cell, offset, view.nbytes, file)
         return Entry(a.key(index), offset, view.nbytes, file)
 
+    def _write_piece(self, file: BulkFile, array: int, index: tuple[int, ...], data: npt.NDArray[Any]) -> None:
+        """`data`: the piece, as far as it lies inside the array."""
+        order = self._chunks.arrays[array].order
+        flat = np.ascontiguousarray(data.transpose(order) if order else data).reshape(-1).view(np.uint8)
+        file.write(self.large.at[array](index), flat.data)
+
+    @property
+    def eager(self) -> bool:
+        """Whether what is written is made durable unasked, while more comes."""
+        return self.data.eager
+
+    @eager.setter
+    def eager(self, eager: bool) -> None:
+        self.data.eager = eager
+        if self._large is not None:
+            self._large.eager = eager
+
     def sync(self) -> None:
         """Make the chunks written so far durable: to be done before a journal records them."""
         self.data.sync()
+        if self._large is not None:
+            self._large.sync()
 
     def entries(self) -> Iterator[Entry]:
         """The chunks written so far, array by array, cell by cell."""
@@ -157,6 +197,8 @@ class ItemsWriter:
             if self._closed:
                 return
             self._closed = True
+        if self._large is not None:
+            self._large.close()
         if self.data.close():
             files = [ocdbt.DataFile(b"", f"d/{name}".encode()) for name in self.data.files]
             _write_database(self._place, self._below, _entries(self._chunks, files))
@@ -175,6 +217,8 @@ def finish(
     linked: Sequence[LinkedChunks] = (),
     linked_files: Sequence[str] = (),
     beside: Iterable[tuple[str, bytes]] = (),
+    large: Sequence[LinkedChunks] = (),
+    large_bytes: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Join what closed writers left in `place` into a checkpoint. Of a local directory, only its name is missing then;
@@ -183,7 +227,8 @@ def finish(
     `custom_metadata`: a JSON object for `_CHECKPOINT_METADATA`. `final`: the directory or URL that commit markers name.
     `writers`: the numbers of those that have written something, by default of all that are there. `mesh`: see
     `sharding_metadata`. `started`: when the conversion began, nanoseconds since the Unix epoch. `linked`: chunks that no
-    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. `beside`: other
+    process wrote; `linked_files`: the names below `items/linked` of the files that they lie in. `large`: the large chunks, all
+    pieces of which are known to be written, and the size of the file that they lie in. `beside`: other
     files to keep, by their names below `items`. `check` is called before
     what is there makes way, and before the markers: it raises when that must not be. May be called again after it failed
     or was interrupted.
@@ -205,6 +250,15 @@ def finish(
     files += [ocdbt.DataFile(f"{LINKED}/".encode(), name.encode()) for name in linked_files]
     for some in linked:
         chunks.place(some.array, some.cells, some.offsets, some.files + first)
+    if large:
+        if not place.holds(f"items/{LARGE_FILE}", large_bytes):
+            raise RuntimeError(
+                f"{LARGE_FILE} is not there, or shorter than the {large_bytes} bytes that it should hold"
+            )
+        folder, _, name = LARGE_FILE.rpartition("/")
+        for some in large:
+            chunks.place(some.array, some.cells, some.offsets, some.files + len(files))
+        files.append(ocdbt.DataFile(f"{folder}/".encode(), name.encode()))
     missing = [key for key, offset, _, _ in chunks.by_cell() if offset < 0]
     if missing:
         raise RuntimeError(f"{len(missing)} chunks were not written, the first is {missing[0]}")
@@ -253,29 +307,6 @@ def indexed_bytes(place: Place) -> int:
     store = place.result(ts.KvStore.open(place.spec("items/")), "items/")
     root = place.result(ts.ocdbt.dump(store), "items/")["versions"][-1]["root"]
     return int(root["statistics"]["num_tree_bytes"]) + int(root["statistics"]["num_indirect_value_bytes"])
-
-
-def make_durable(directory: Path) -> None:
-    """Has the system write all of a directory to the disk."""
-    for folder, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def commit(partial: Path, final: Path) -> None:
-    """Make everything in `partial` durable, then give it its final name: after a crash, all is there or none.
-
-    Raises:
-        InputError: `output-exists`: there is something at `final`.
-    """
-    if final.exists():
-        raise fail("output-exists", f"the output `{final}` exists", help="choose another one, or remove it")
-    make_durable(partial)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(partial, final)
-    _sync(final.parent)
-    _sync(partial.parent)
 
 
 def _chunks(specs: Sequence[ArraySpec]) -> zarr3.Chunks:
@@ -354,11 +385,3 @@ def _write_database(place: Place, below: str, entries: Iterable[ocdbt.Entry]) ->
     place.write(below + nodes, *tree.nodes)
     config = ocdbt.Config(secrets.token_bytes(16))
     place.write(f"{below}manifest.ocdbt", ocdbt.encode_manifest(config, tree, time.time_ns()))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,17 +43,38 @@ class Summed:
         return prod(grid(self.shape, self.chunk))
 
 
-def noted(custom: Mapping[str, Any]) -> dict[str, str]:
+class Noted(NamedTuple):
+    """What a checkpoint notes of an array."""
+
+    checksum: str
+    piece: tuple[int, ...] | None  # what was summed at once; None: chunks
+
+    def grid_of(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
+        """The boxes that the checksum is a sum over, of an array of such chunks."""
+        return self.piece if self.piece is not None and len(self.piece) == len(chunk) else chunk
+
+
+def noted(custom: Mapping[str, Any]) -> dict[str, Noted]:
     """Checksums by array, from a checkpoint's custom metadata: none where it has none, or of a kind not known here."""
     made = custom.get("ckptc")
     known = made.get("checksums") if isinstance(made, dict) and made.get("checksum") == checksum.NAME else None
-    return {str(k): str(v) for k, v in known.items()} if isinstance(known, dict) else {}
+    pieces = made.get("pieces") if isinstance(made, dict) else None
+    if not isinstance(known, dict):
+        return {}
+    return {
+        str(k): Noted(str(v), _shape(pieces.get(k)) if isinstance(pieces, dict) else None) for k, v in known.items()
+    }
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    good = isinstance(value, list) and all(type(n) is int and n > 0 for n in value)
+    return tuple(value) if good else None
 
 
 class Sums:
     """What was found of some arrays' chunks. Processes that are forked share it; not for several threads of one."""
 
-    def __init__(self, known: Mapping[str, str], arrays: Iterable[Summed]) -> None:
+    def __init__(self, known: Mapping[str, Noted], arrays: Iterable[Summed]) -> None:
         """`known`: as `noted`; `arrays`: those that will be read."""
         self._known = known
         self._arrays: dict[str, Summed] = {}
@@ -63,6 +85,7 @@ class Sums:
             if array.name not in known:
                 self.without.append(array.name)
                 continue
+            array = replace(array, chunk=known[array.name].grid_of(array.chunk))
             self._arrays[array.name], self._begins[array.name] = array, total
             total += array.cells
         shared = mmap.mmap(-1, max(1, 9 * total))  # anonymous and shared: forked processes write into the same
@@ -79,21 +102,29 @@ class Sums:
         return len(self._arrays)
 
     def note(self, name: str, index: Sequence[slice], values: npt.NDArray[Any]) -> None:
-        """A piece of a chunk was read: its indices in the array, and its values. Counts where it is the whole chunk."""
+        """A box was read, within a stored chunk: its indices in the array, and its values. Those chunks, or pieces of large
+        ones, count that it covers whole.
+        """
         array = self._arrays.get(name)
         if array is None:
             return
+        axes = []
         for i, c, n in zip(index, array.chunk, array.shape, strict=True):
-            begin = i.start // c * c
-            last = min(begin + c, n) - 1
-            if i.start != begin or i.stop <= last or (last > begin and i.step != 1):
-                return
-        where = tuple(i.start // c for i, c in zip(index, array.chunk, strict=True))
-        cell = checksum.cell_of(where, grid(array.shape, array.chunk))
-        at = self._begins[name] + cell
-        if not self._seen[at]:
-            self._sums[at] = self._summer.chunk(cell, values)
-            self._seen[at] = 1
+            whole = range(-(-i.start // c), -(-n // c) if i.stop >= n else i.stop // c)
+            if i.step not in (None, 1):  # of an axis with steps, chunks of one index count if it is read
+                whole = (
+                    range(i.start // c, i.start // c + 1) if i.stop == i.start + 1 and (c == 1 or n == 1) else range(0)
+                )
+            axes.append(whole)
+        cells = grid(array.shape, array.chunk)
+        for where in product(*axes):
+            cell = checksum.cell_of(where, cells)
+            at = self._begins[name] + cell
+            if not self._seen[at]:
+                box = zip(where, array.chunk, index, strict=True)
+                inside: Any = (*(slice(w * c - i.start, (w + 1) * c - i.start) for w, c, i in box), ...)
+                self._sums[at] = self._summer.chunk(cell, values[inside])
+                self._seen[at] = 1
 
     def missing(self, only: str | None = None) -> list[tuple[str, Axes]]:
         """Chunks, of all arrays or of one, that were not read whole: the array, and the box."""
@@ -130,8 +161,8 @@ class Sums:
             if not self._seen[own].all():
                 raise AssertionError(f"{name}: not all chunks were read")
             found = checksum.seal(int(self._sums[own].sum(dtype=np.uint64)), array.shape, array.dtype, array.chunk)
-            if found != self._known[name]:
-                problems.append(differs(name, self._known[name], found))
+            if found != self._known[name].checksum:
+                problems.append(differs(name, self._known[name].checksum, found))
         return problems
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.storage.sink.directory import Data, words
+from ckptc.storage.sink.file import BulkFile
 
 RETRIES = 6  # of a request that failed in passing; with growing pauses, half a minute
 PATIENCE = 300  # seconds that one request may take, retries included; the first of a run has
@@ -109,6 +110,9 @@ class ObjectStore:
 
     def data(self, below: str, files: Sequence[str], end: int) -> Data:
         return ObjectData(self, f"{below}d/", files)
+
+    def reserved(self, name: str, size: int) -> BulkFile:
+        raise NotImplementedError("an object is written once, whole: nothing writes pieces into it")
 
     def supersede(self, kept: Collection[str]) -> None:
         """First what makes an older checkpoint a finished one, then all else that is not `kept`."""

@@ -63,6 +63,9 @@ class Place(Protocol):
         Raises RuntimeError when they are not there.
         """
 
+    def reserved(self, name: str, size: int) -> BulkFile:
+        """A file of `size` bytes that several processes write into, each at places of its own."""
+
     def supersede(self, kept: Collection[str]) -> None:
         """Makes way for this checkpoint's index and metadata, once all its chunks are known to be in `kept`.
 
@@ -106,6 +109,18 @@ class Directory:
 
     def data(self, below: str, files: Sequence[str], end: int) -> Data:
         return _OneFile(self.root / below, files, end)
+
+    def reserved(self, name: str, size: int) -> BulkFile:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = BulkFile(path)
+        if file.size < size:
+            try:
+                file.reserve(size)
+            except BaseException:
+                file.abandon()
+                raise
+        return file
 
     def supersede(self, kept: Collection[str]) -> None:
         took_part = {name.split("/")[1] for name in kept}
