@@ -38,6 +38,12 @@ def test_setting_refuses_what_is_not_a_name_and_a_value(text: str) -> None:
         setting(text)
 
 
+@pytest.mark.parametrize("value", ["٣", "1٣", "３", "²", "1_000", "0x10", "1e5_0", "12abc", "vocab + ٣"])
+def test_setting_takes_no_digits_but_those_of_ascii(value: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"characters that no number|is not a number"):
+        setting(f"vocab={value}")
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e19", "10000000000000000000", "9" * 5000])
 def test_setting_refuses_numbers_that_size_nothing(value: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not the size of anything"):

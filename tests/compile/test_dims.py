@@ -192,6 +192,8 @@ def test_what_the_user_sets_is_named_as_such() -> None:
     found = problem("{ a: 1 }", a="nobody")
     assert (found.code, found.span) == ("invalid-expression", None)
     assert found.message.startswith("`--set a`: dim `a` cannot be computed: ")
+    assert problem("{ a: 1 }", a=0).message == "`--set a`: dim `a` is 0, and a size is above 0"
+    assert problem("{ a: 1, b: 3 }", a="b - 3").message == "`--set a`: dim `a` is 0, and a size is above 0"
     assert problem("{ a: 1 }", a=-5).message == "`--set a`: dim `a` is -5, not a size, number or name"
     assert problem("{ a: 1, b: a }", a="b").message.endswith("dim `a` needs itself: a -> b -> a")
 

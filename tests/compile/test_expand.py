@@ -6,7 +6,9 @@ compared with what numpy makes of the same tensors by hand.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+import time
 import zlib
 from collections.abc import Mapping
 from itertools import product
@@ -31,6 +33,7 @@ from ckptc.ops.codes.fp8 import Fp8
 from ckptc.ops.codes.nvfp4 import Nvfp4
 from ckptc.ops.types import itemsize, numpy_dtype
 from ckptc.plan.model import Plan
+from ckptc.spec.expressions import MAX_STEPS
 from ckptc.spec.mapping import Family, load_mapping
 
 Array = npt.NDArray[Any]
@@ -679,9 +682,53 @@ def test_an_error_of_a_place_does_not_hide_those_of_rules() -> None:
     assert [d.code for d in found] == ["unknown-dim", "invalid-template"]
 
 
-def test_what_takes_long_at_each_of_many_points_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptc.compile.scope.SECONDS_MOST", 0.05)
-    slow = '"a/{{ i }}": { for: { i: range(99999) }, from: "x{{ min(range(99999)) }}", as: mlp }'
-    found = problems(f"tensors:\n  {slow}\n")
+SLOW = (
+    "min(range(99999))",
+    "1 if 1.5 in range(99999) else 2",
+    "1 if config.words == config.words else 2",
+)
+
+
+@pytest.mark.parametrize("expression", SLOW, ids=lambda text: text[:12])
+def test_what_takes_long_at_each_of_many_points_is_refused_by_its_steps(expression: str) -> None:
+    slow = f'"a/{{{{ i }}}}": {{ for: {{ i: range(99999) }}, from: "x{{{{ {expression} }}}}", as: mlp }}'
+    found = problems(f"tensors:\n  {slow}\n", {"x": ("float32", (5,))}, {"words": ["w"] * 200_000})
     assert [d.code for d in found] == ["too-large"]
-    assert found[0].message == "going through loops and stacks takes more than 0.05 seconds"
+    assert found[0].message == f"going through loops and stacks takes more than {MAX_STEPS} steps"
+
+
+def test_steps_do_not_depend_on_how_fast_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(0, 1000)
+    for clock in ("process_time", "perf_counter", "monotonic"):
+        monkeypatch.setattr(time, clock, lambda: next(ticks))
+    monkeypatch.setattr("ckptc.compile.scope.process_time", lambda: next(ticks), raising=False)
+    assert len(compiled(BLOCK).arrays) == 1
+
+
+def test_many_names_at_many_points_are_refused_before_they_are_made() -> None:
+    dims = "".join(f", d{n}: {n + 1}" for n in range(2000))
+    text = "tensors: { a: { from: 'x{{ i }}', as: mlp -> i mlp, stack: { i: range(90000) } } }\n"
+    mapping = read(HEAD.replace(", factor: 0.5", dims) + text)
+    with pytest.raises(InputError, match=r"too-large: .* for 20\d\d names"):
+        compile_plan(mapping, mapping.models["m"], Options())
+
+
+@pytest.mark.parametrize("target", ["''", "a/", "/a", "a//b", "\"{{ '' }}\"", "\"a/{{ '' }}\"", "\"{{ '' }}/a\""])
+def test_an_empty_part_of_a_path_is_refused(target: str) -> None:
+    text = f"tensors: {{ {target}: {{ from: x, as: mlp }} }}\n"
+    (found,) = problems(text)
+    assert found.code in ("invalid-template", "invalid-value")
+    assert found.message.endswith("is not a path") or "empty" in found.message
+
+
+@pytest.mark.parametrize("at", ["/l", "l/", "l//m", "\"{{ '' }}\""])
+def test_an_empty_part_of_a_place_is_refused(at: str) -> None:
+    text = BLOCK.replace("at: b/layers,", f"at: {at},")
+    (found,) = problems(text)
+    assert found.code == "invalid-template" and found.message.endswith("is not a path")
+
+
+def test_a_dim_of_a_place_may_be_a_list_of_which_nothing_is_made() -> None:
+    text = BLOCK.replace("stack: { layer: layers } }]", "stack: { layer: layers }, let: { embed: config.sizes } }]", 1)
+    found = problems(text, {"x": ("float32", (5,))}, {"sizes": [1, 2]})
+    assert [d.message for d in found] == ["dim `embed` is [1, 2], which is not the size of an axis"]

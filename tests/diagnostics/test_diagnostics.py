@@ -8,6 +8,7 @@ files are copied to an empty directory in which the command runs, so that texts 
     args           command lines; the last is the one that fails, those before it set the stage (default: COMPILE)
 
 `args` may also say `write FILE TEXT`, `header FILE TEXT BYTES` (a safetensors file with so many bytes of tensors),
+`endless FILE TEXT MORE TIMES` (one whose header is TEXT, then MORE so many times),
 `repeat FILE TEXT TIMES`, `replace FILE OLD NEW`, `patch FILE OFFSET TEXT`, `remove PATH`, `mkdir DIR`, `lock OUTPUT` (as
 a run does that is under way) and `limit BYTES` (that a file may have, as on a disk without room). A plan's digest changes
 whenever plans do: every sha256 is shown as `sha256:…`.
@@ -118,6 +119,9 @@ def _set_the_stage(words: list[str], undo: ExitStack) -> None:
         case ["header", file, text, size]:
             header = text.encode("utf-8", "surrogatepass")
             Path(file).write_bytes(len(header).to_bytes(8, "little") + header + bytes(int(size)))
+        case ["endless", file, text, more, times]:
+            header = (text + more * int(times)).encode()
+            Path(file).write_bytes(len(header).to_bytes(8, "little") + header)
         case ["lock", output]:
             Path(output).mkdir()
             lock = os.open(Path(output, LOCK), os.O_RDWR | os.O_CREAT)

@@ -241,3 +241,33 @@ def test_shipped_mappings_are_in_the_order_of_their_families_and_named_briefly()
     families = [mapping.family for mapping in shipped()]
     assert families == sorted(families) and len(set(families)) == len(families)
     assert all(m.document.name.startswith("mappings/") and m.document.name.count("/") == 1 for m in shipped())
+
+
+def test_a_chain_of_models_costs_what_its_length_says(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model of the chain has a number of its own, so that merging all of them would be quadratic."""
+    merged = []
+    real = spec._merge
+    monkeypatch.setattr(spec, "_merge", lambda into, over: (merged.append(len(over)), real(into, over)))
+    count = 1500
+    lines = [
+        f"  m{n}: {{ like: m{n - 1}, repo: r/m, config: {{ k{n}: {n} }}, set: {{ a: {n} }} }}" for n in range(count)
+    ]
+    lines[0] = "  m0: { repo: r/m, config: { k0: 0 } }"
+    found = read(directory, HEAD + "models:\n" + "\n".join(reversed(lines)) + "\n")
+    assert list(found.models) == [f"m{n}" for n in reversed(range(count))]
+    assert sum(merged) == 0, "nobody has asked for a config"
+    last = found.models[f"m{count - 1}"]
+    assert last.config == {f"k{n}": n for n in range(count)}
+    assert last.set == {"a": count - 1}
+    assert last.config is last.config  # its sections are found by identity
+    assert sum(merged) == count
+    assert found.models["m1"].config == {"k0": 0, "k1": 1}
+
+
+def test_what_a_model_adds_to_a_section_is_not_added_to_the_model_it_is_like(directory: Path) -> None:
+    models = (
+        "models: { m: { repo: r/m, config: { s: { a: 1 } } }, n: { like: m, repo: r/n, config: { s: { b: 2 } } } }\n"
+    )
+    found = read(directory, HEAD + "config: { s: { z: 0 } }\n" + models).models
+    assert found["n"].config == {"s": {"z": 0, "a": 1, "b": 2}}
+    assert found["m"].config == {"s": {"z": 0, "a": 1}}

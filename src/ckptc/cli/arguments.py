@@ -214,14 +214,17 @@ def setting(text: str) -> tuple[str, int | float | bool | str]:
     value = value.strip()
     if value in ("true", "false"):
         return name, value == "true"
+    if not value.isascii():  # digits of other scripts are numbers to Python
+        raise argparse.ArgumentTypeError(f"`{text}`: {value} has characters that no number or expression has")
     number: int | float
-    try:
-        number = int(value)
-    except ValueError:
-        try:
-            number = float(value)
-        except ValueError:
-            return name, value
+    if re.fullmatch(r"[+-]?[0-9]+", value):
+        number = int(value) if len(value) <= 20 else math.inf
+    elif re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", value, re.IGNORECASE):
+        number = float(value)
+    elif re.fullmatch(r"[+-]?[0-9]\w*", value):  # 1_000 and 0x10 are numbers to Python
+        raise argparse.ArgumentTypeError(f"`{text}`: {value} is not a number; only digits make one")
+    else:
+        return name, value
     if abs(number) > LARGEST or not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"`{text}`: {value} is not the size of anything")
     return name, number

@@ -52,6 +52,27 @@ def compile_plan(mapping: Family, model: Model, options: Options, checkpoint: Ch
 
     Raises InputError with everything that is wrong, found before a byte of weight data is read.
     """
+    try:
+        return _compile(mapping, model, options, checkpoint)
+    except InputError as error:
+        sizes = any(d.code in ("shape-mismatch", "missing-config") for d in error.diagnostics)
+        if checkpoint is None or checkpoint.config or not sizes:
+            raise
+        raise InputError([_without_config(model), *error.diagnostics]) from None
+
+
+def _without_config(model: Model) -> Diagnostic:
+    """Said before all sizes that are wrong, for it is the likely cause."""
+    return Diagnostic(
+        "missing-config",
+        f"the checkpoint has no config.json: sizes are taken to be those shipped for `{model.name}`",
+        None,
+        (),
+        "download the config.json that belongs to these shards into their directory",
+    )
+
+
+def _compile(mapping: Family, model: Model, options: Options, checkpoint: Checkpoint | None) -> Plan:
     config = checkpoint.config if checkpoint and checkpoint.config else model.config
     dims = evaluate_dims(mapping, model, config, options.set)
     names = {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}

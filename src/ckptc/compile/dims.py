@@ -24,7 +24,7 @@ def evaluate_dims(
 class _Dims:
     def __init__(self, mapping: Family, model: Model | None, config: Mapping[str, Any], given: Mapping[str, Value]):
         document = mapping.document
-        self.config, self.problems = config, list[Diagnostic]()
+        self.config, self.given, self.problems = config, given, list[Diagnostic]()
         self.values: dict[str, Any] = {}
         self.failed: set[str] = set()
         self.written: dict[str, Value] = dict(mapping.dims)
@@ -46,6 +46,9 @@ class _Dims:
             self._resolve(name, ())
         for name, value in self.values.items():
             sized = isinstance(value, int | float | str | list | Mapping)  # a mapping is a section of the config
+            if name in self.given and value == 0 and not isinstance(value, bool):
+                self._complain("invalid-expression", name, f"is {value!r}, and a size is above 0")
+                continue
             wrong = not sized or (isinstance(value, float) and value != value)
             if wrong or (isinstance(value, int | float) and value < 0):
                 self._complain("invalid-expression", name, f"is {value!r}, not a size, number or name")

@@ -108,7 +108,7 @@ def _places(work: Expansion, block: str, source: str, place: Place, names: Names
                 point[name] = scope.value(expression, point, (*place.where, "let", name))
         resized = tuple(n for n in place.let if n in scope.dims)
         for name in resized:
-            if len({p[name] for p in points}) > 1:
+            if any(p[name] != points[0][name] for p in points):
                 where_let = (*place.where, "let", name)
                 raise scope.error(where_let, f"dim `{name}` differs among the stacked layers", "invalid-value")
         prefixes = [scope.text(source, p, (*where, "source")) + "." for p in points]
@@ -181,9 +181,11 @@ def _expand_rule(work: Expansion, rule: Rule, here: Here) -> None:
         if wanted == {False}:
             continue
         target = scope.text(rule.target, points[0], rule.where)
-        if target.startswith("/") or "//" in target:
-            raise scope.error(rule.where, f"`{target}` is not a path", "invalid-template")
-        path = ("params", rule.collection, *(here.at + target).split("/"))
+        parts = (here.at + target).split("/")
+        if not all(parts):
+            shown = target if not all(target.split("/")) else here.at + target
+            raise scope.error(rule.where, f"`{shown}` is not a path", "invalid-template")
+        path = ("params", rule.collection, *parts)
         chain = Chain(work, rule, here, points)
         node = chain.build()
         if node.type.size > ELEMENTS_MOST or len(work.targets) >= TARGETS_MOST:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
-from time import process_time
 from typing import Any
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, did_you_mean
@@ -15,13 +14,13 @@ from ckptc.ops.pattern import Group, Pattern, PatternError, parse_pattern
 from ckptc.ops.rearrange import SizedGroup
 from ckptc.ops.types import Axis
 from ckptc.spec.document import Document, Path_
-from ckptc.spec.expressions import ExpressionError, Key, evaluate, render
+from ckptc.spec.expressions import ExpressionError, Key, Meter, TooManySteps, evaluate, render
 from ckptc.spec.mapping import LoopOver, Value
 
 Names = dict[str, Any]
 
+NAMES_MOST = 20_000_000  # that all of these points know together, dims and all: the largest models have 5 million
 POINTS_MOST = 150_000  # that loops and stacks may have in all: the largest models have some 70,000 tensors
-SECONDS_MOST = 6.0  # of a processor, to go through them: the largest models take 1
 
 
 def matches(name: str, *patterns: str) -> bool:
@@ -46,13 +45,12 @@ def _expression(pattern: str) -> str:
 
 
 class _Budget:
-    """What an expansion may take: points of loops and stacks, and a processor's time. An expression is bounded, and so
-    are the points, but what each of very many points may compute is not bounded by enough.
-    """
+    """What an expansion may take: points of loops and stacks, and steps of all that is evaluated at them."""
 
     def __init__(self) -> None:
         self.points = POINTS_MOST
-        self.until = process_time() + SECONDS_MOST
+        self.names = NAMES_MOST
+        self.meter = Meter()
 
 
 class Scope:
@@ -88,9 +86,10 @@ class Scope:
         """A number as it is, text as an expression."""
         if not isinstance(expression, str):
             return expression
-        self._check_time(where)
         try:
-            return evaluate(expression, names)
+            return evaluate(expression, names, self._budget.meter)
+        except TooManySteps:
+            raise self._too_many(where) from None
         except ExpressionError as error:
             raise self.error(where, str(error), notes=(f"expression: {expression}",)) from None
 
@@ -98,9 +97,10 @@ class Scope:
         return condition is None or bool(self.value(condition, names, (*where, "when")))
 
     def text(self, template: str, names: Names, where: Path_) -> str:
-        self._check_time(where)
         try:
-            return render(template, names)
+            return render(template, names, self._budget.meter)
+        except TooManySteps:
+            raise self._too_many(where) from None
         except ExpressionError as error:
             raise self.error(where, str(error), "invalid-template", notes=(f"template: {template}",)) from None
 
@@ -130,36 +130,38 @@ class Scope:
             return
         (variable, over), *rest = loop.items()
         for value in self.span_of(over, names, (*where, "for", variable)):
-            self._spend(1, (*where, "for", variable))
+            self._spend(1, len(names), (*where, "for", variable))
             yield from self.loops(dict(rest), {**names, variable: value}, where)
 
     def stack(self, stack: Mapping[str, Value], names: Names, where: Path_) -> tuple[tuple[Axis, ...], list[Names]]:
         """The stacking axes, and the names at each point of their grid, row-major. An empty stack is one point."""
         ranges = {v: self.span_of(over, names, (*where, "stack", v)) for v, over in stack.items()}
         axes = tuple(Axis(v, len(r)) for v, r in ranges.items())
-        self._spend(prod(a.size for a in axes), (*where, "stack"))
+        self._spend(prod(a.size for a in axes), len(names), (*where, "stack"))
         return axes, [{**names, **dict(zip(ranges, point, strict=True))} for point in product(*ranges.values())]
 
-    def _spend(self, points: int, where: Path_) -> None:
+    def _spend(self, points: int, names: int, where: Path_) -> None:
         """Raises `too-large` when loops and stacks have more points than a model has tensors."""
-        if points > self._budget.points:
+        budget = self._budget
+        if points > budget.points or points * names > budget.names:
+            few = points <= budget.points
             raise self.error(
                 where,
-                f"loops and stacks have more than {POINTS_MOST} points",
+                f"loops and stacks have more than {POINTS_MOST} points" + (f", for {names} names" if few else ""),
                 "too-large",
                 help="check the numbers of layers and experts in config.json, and --set",
             )
-        self._budget.points -= points
+        budget.points -= points
+        budget.names -= points * names
 
-    def _check_time(self, where: Path_) -> None:
-        if process_time() > self._budget.until:
-            raise self.error(
-                where,
-                f"going through loops and stacks takes more than {SECONDS_MOST:g} seconds",
-                "too-large",
-                help="check the numbers of layers and experts in config.json, and that expressions are not longer than "
-                "they need to be",
-            )
+    def _too_many(self, where: Path_) -> InputError:
+        return self.error(
+            where,
+            f"going through loops and stacks takes more than {self._budget.meter.most} steps",
+            "too-large",
+            help="check the numbers of layers and experts in config.json, and that expressions are not longer than "
+            "they need to be",
+        )
 
     def pattern(self, text: str, where: Path_) -> Pattern:
         try:

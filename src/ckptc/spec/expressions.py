@@ -10,23 +10,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, Undefined, UndefinedError, nodes
-from jinja2.environment import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_ITEMS = 100_000  # the longest range a mapping may ask for
 MAX_NUMBER = 10**18
 MAX_LENGTH = 2_000  # characters of an expression or template, and of any text one makes
+MAX_STEPS = 20_000_000  # of one expansion or one expression; the largest models take 1.3 million
+STEPS_EACH = 20  # to evaluate anything at all
+STEPS_TO_COMPILE = 60  # for each step that evaluating takes
+CACHED = 20_000  # expressions and templates that are kept compiled: more than MAX_STEPS can compile
 MAX_DEPTH = 60  # of the syntax tree; Python compiles no more than 200 parentheses
 
 
 class ExpressionError(ValueError):
     """An expression is not allowed, or failed. The message states the rule; callers add the place."""
+
+
+class TooManySteps(ExpressionError):
+    """Evaluating takes more steps than it may."""
+
+
+class Meter:
+    """Counts the steps of evaluations. A step is about a node of a syntax tree, or 16 items of a sequence gone through."""
+
+    def __init__(self, steps: int = MAX_STEPS) -> None:
+        self.left = self.most = steps
+        self.seen: set[str] = set()  # texts that were compiled
+
+    def spend(self, steps: int) -> None:
+        """Raises `TooManySteps` when there are not as many left."""
+        if steps > self.left:
+            raise TooManySteps(f"evaluating takes more than {self.most} steps")
+        self.left -= steps
+
+
+_METER: ContextVar[Meter | None] = ContextVar("meter", default=None)  # of the evaluation that walks sequences
+
+
+def _walked(value: Any) -> Any:
+    """The value. Its items count, for it may be gone through."""
+    meter = _METER.get()
+    if meter is not None and isinstance(value, str | list | tuple | range | Mapping):
+        meter.spend(len(value) >> 4)
+    return value
 
 
 class Key(str):
@@ -45,6 +79,7 @@ def _range(*args: int) -> range:
     out = range(*args)
     if len(out) > MAX_ITEMS:
         raise ExpressionError(f"range of {len(out)} items is longer than {MAX_ITEMS}")
+    _walked(out)
     return out
 
 
@@ -123,12 +158,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         # Sections of config.json are mappings: an attribute is a key, never a method of dict. Nothing else has attributes.
         if isinstance(obj, Mapping):
             return (
-                obj[attribute]
+                _walked(obj[attribute])
                 if attribute in obj
                 else self.undefined(f"there is no key `{attribute}` in the checkpoint's config")
             )
         if isinstance(obj, Key) and attribute in ("value", "index"):
-            return obj.value if attribute == "value" else obj.index
+            return _walked(obj.value if attribute == "value" else obj.index)
         if isinstance(obj, Undefined):
             obj._fail_with_undefined_error()
         return self.undefined(f"there is no `{attribute}` in a value of type {type(obj).__name__}")
@@ -137,7 +172,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(obj, Mapping):
             return self.getattr(obj, argument)
         if isinstance(obj, str | list | tuple | range) and isinstance(argument, int):
-            return obj[argument]
+            return _walked(obj[argument])
         if isinstance(obj, Undefined):
             obj._fail_with_undefined_error()
         return self.undefined(f"there is no `{argument}` in a value of type {type(obj).__name__}")
@@ -223,16 +258,32 @@ def _parse_expression(text: str) -> nodes.Template:
     return tree
 
 
-@lru_cache(maxsize=4096)
-def _template(text: str) -> Template:
-    _parse(text)
-    return _ENV.from_string(text)
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """An expression or a template, ready to be evaluated."""
+
+    run: Callable[..., Any]
+    names: tuple[str, ...]  # that it uses, functions too
+    steps: int  # that evaluating it takes, but for what is walked
+    walks: bool  # whether it goes through sequences: comparisons, `min`, `max`
 
 
-@lru_cache(maxsize=4096)
-def _expression(text: str) -> Callable[..., Any]:
-    _parse_expression(text)
-    return cast("Callable[..., Any]", _ENV.compile_expression(text, undefined_to_none=False))
+def _compiled(tree: nodes.Template, run: Callable[..., Any]) -> _Compiled:
+    every = _walk(tree)
+    used = {node.name for node in every if isinstance(node, nodes.Name)}
+    walks = any(isinstance(node, nodes.Compare) for node in every) or bool(used & {"min", "max"})
+    return _Compiled(run, tuple(sorted(used)), STEPS_EACH + len(every), walks)
+
+
+@lru_cache(maxsize=CACHED)
+def _template(text: str) -> _Compiled:
+    return _compiled(_parse(text), _ENV.from_string(text).render)
+
+
+@lru_cache(maxsize=CACHED)
+def _expression(text: str) -> _Compiled:
+    tree = _parse_expression(text)
+    return _compiled(tree, cast("Callable[..., Any]", _ENV.compile_expression(text, undefined_to_none=False)))
 
 
 def names(text: str) -> set[str]:
@@ -251,10 +302,23 @@ def _finished(value: Any) -> Any:
     return _usable(value)
 
 
-def _named(names: Mapping[str, Any]) -> dict[str, Any]:
-    for name in FUNCTIONS.keys() & names.keys():
+def _evaluated(compiled: _Compiled, text: str, names: Mapping[str, Any], meter: Meter) -> Any:
+    """The value, of the names that it uses and no others: a mapping may have thousands."""
+    if not FUNCTIONS.keys().isdisjoint(names.keys()):
+        name = min(FUNCTIONS.keys() & names.keys())
         raise ExpressionError(f"`{name}` is a function; a value needs another name")
-    return {**FUNCTIONS, **names}
+    given = {name: names[name] for name in compiled.names if name in names}
+    meter.spend(compiled.steps + (0 if text in meter.seen else STEPS_TO_COMPILE * compiled.steps))
+    meter.seen.add(text)
+    if not compiled.walks:
+        return compiled.run({**FUNCTIONS, **given})
+    token = _METER.set(meter)
+    try:
+        for value in given.values():
+            _walked(value)
+        return compiled.run({**FUNCTIONS, **given})
+    finally:
+        _METER.reset(token)
 
 
 def _guard(what: str, work: Callable[[], Any]) -> Any:
@@ -280,16 +344,22 @@ def _guard(what: str, work: Callable[[], Any]) -> Any:
         raise ExpressionError(str(error) or f"{what} failed") from None
 
 
-def evaluate(text: str, names: Mapping[str, Any]) -> Any:
-    """The value of an expression. Raises ExpressionError for what is not allowed, undefined names, and failures."""
-    return _guard("expression", lambda: _expression(text)(_named(names)))
+def evaluate(text: str, names: Mapping[str, Any], meter: Meter | None = None) -> Any:
+    """The value of an expression.
+
+    Raises ExpressionError for what is not allowed, undefined names, and failures; `TooManySteps` when the meter is
+    used up.
+    """
+    counted = meter or Meter()
+    return _guard("expression", lambda: _evaluated(_expression(text), text, names, counted))
 
 
-def render(text: str, names: Mapping[str, Any]) -> str:
-    """The text of a template such as `model.layers.{{ layer }}`. Raises ExpressionError, as `evaluate` does."""
+def render(text: str, names: Mapping[str, Any], meter: Meter | None = None) -> str:
+    """The text of a template such as `model.layers.{{ layer }}`. Raises as `evaluate` does."""
     if "{" not in text:
         return text
-    out = _guard("template", lambda: _template(text).render(_named(names)))
+    counted = meter or Meter()
+    out = _guard("template", lambda: _evaluated(_template(text), text, names, counted))
     if len(out) > MAX_LENGTH:
         raise ExpressionError(f"a name longer than {MAX_LENGTH} characters")
     return str(out)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,46 @@ class Block:
     where: Path_
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
+    """A named model. What it has of its own is kept, and merged with what its `like` has when it is asked for."""
+
     name: str
     repo: str
-    config: Mapping[str, Any]
-    set: Mapping[str, Value]
     where: Path_
+    like: Model | None = field(repr=False)
+    own: Mapping[str, Any] = field(repr=False)  # `config` and `set`, as written
+    base: Mapping[str, Any] = field(repr=False)  # the config of all models of the family
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The shipped numbers, as the model's config.json has them."""
+        return _config_of(self)
+
+    @property
+    def set(self) -> Mapping[str, Value]:
+        """Dims that have another value for this model."""
+        out: dict[str, Value] = {}
+        for own in self._owns():
+            out |= own.get("set", {})
+        return out
+
+    def _owns(self) -> list[Mapping[str, Any]]:
+        """What the models have of their own from which this one is made, the first first."""
+        out: list[Mapping[str, Any]] = []
+        model: Model | None = self
+        while model is not None:
+            out.append(model.own)
+            model = model.like
+        return out[::-1]
+
+
+@lru_cache(maxsize=64)
+def _config_of(model: Model) -> Mapping[str, Any]:
+    out: dict[str, Any] = {}
+    for config in (model.base, *(own.get("config", {}) for own in model._owns())):
+        _merge(out, config)
+    return out
 
 
 @dataclass(frozen=True)
@@ -195,12 +228,16 @@ def _mapping(document: Document) -> Family:
 
 
 def _models(document: Document) -> dict[str, Model]:
-    data, out = document.data["models"], {}
-    for name, model in data.items():
-        chain, current = [model], model
-        while "like" in current:
-            like = current["like"]
-            where = document.span(("models", name, "like"))
+    data, base = document.data["models"], document.data.get("config", {})
+    made: dict[str, Model] = {}
+    for name in data:
+        where = document.span(("models", name, "like"))
+        current, waiting = name, dict[str, None]()  # models that are made of what comes after them
+        while current not in made:
+            waiting[current] = None
+            like = data[current].get("like")
+            if like is None:
+                break
             if like not in data:
                 best = nearest(like, data)
                 raise fail(
@@ -209,26 +246,24 @@ def _models(document: Document) -> dict[str, Model]:
                     span=where,
                     help=best and f"did you mean `{best}`?",
                 )
-            current = data[like]
-            if any(current is c for c in chain):
+            if like in waiting:
                 raise fail("unknown-model", f"`like` of `{name}` leads back to itself", span=where)
-            chain.append(current)
-        config: dict[str, Any] = dict(document.data.get("config", {}))
-        fixed: dict[str, Value] = {}
-        for step in reversed(chain):
-            config = _merge(config, step.get("config", {}))
-            fixed |= step.get("set", {})
-        out[name] = Model(name, model["repo"], config, fixed, ("models", name))
-    return out
+            current = like
+        like_model = made.get(current)
+        for one in reversed(waiting):
+            made[one] = like_model = Model(one, data[one]["repo"], ("models", one), like_model, data[one], base)
+    return {name: made[name] for name in data}
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section."""
-    out = dict(base)
+def _merge(into: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Adds `over`, section by section; sections are copied."""
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merge(out[key], value) if both else value
-    return out
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+            _merge(into[key], value)
+        else:
+            into[key] = value
 
 
 def _rules(data: dict[str, Any], where: Path_) -> tuple[Rule, ...]:

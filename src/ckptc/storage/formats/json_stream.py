@@ -198,7 +198,7 @@ class JsonReader:
         if held > MAX_VALUE:
             raise self.too_large(f"at most {MAX_VALUE} characters in one value", "a longer one")
         grown = self._more()
-        while grown and len(self._text) - self._at < 2 * held and self._more():
+        while grown and len(self._text) - self._at < min(2 * held, MAX_VALUE) and self._more():
             pass
         return grown
 
