@@ -19,6 +19,7 @@ user would.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import os
@@ -45,6 +46,8 @@ FAULTS = {
     "connection-lost", "linked-changed", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
     "process-failed", "processes-missing", "worker-died",
 }  # fmt: skip
+
+EXPECTING = {"pytest.raises", "pytest.mark.parametrize", "refused", "refusal", "raises"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,8 +79,28 @@ def test_every_code_has_a_fixture() -> None:
 
 
 def test_what_no_file_can_cause_is_tested_where_it_is_caused() -> None:
-    tests = [f.read_text("utf-8") for f in HERE.parent.rglob("test_*.py") if f != Path(__file__)]
-    assert [code for code in sorted(FAULTS) if not any(code in text for text in tests)] == []
+    asserted = {
+        text for f in HERE.parent.rglob("test_*.py") if f != Path(__file__) for text in _expected(f.read_text("utf-8"))
+    }
+    assert [code for code in sorted(FAULTS) if not any(re.search(rf"\b{code}\b", text) for text in asserted)] == []
+
+
+def test_a_comment_is_no_test_of_a_code() -> None:
+    said = '"""worker-died"""\n# worker-died\nx = "worker-died"\ndef test_y():\n    "worker-died"\n    assert z == "other"\n'
+    assert _expected(said) == {"other"}
+    assert _expected('with pytest.raises(E, match="worker-died"):\n    x()\n') == {"worker-died"}
+
+
+def _expected(source: str) -> set[str]:
+    """The texts that a module of tests compares something with: those in its assertions, in what `raises` is called
+    with, and in the arguments of its parametrised tests.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Assert) or called in EXPECTING:
+            found |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return found
 
 
 def test_every_fixture_is_of_a_code_that_exists() -> None:

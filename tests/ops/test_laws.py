@@ -27,6 +27,7 @@ from ckptc.ops import (
     infer_chain,
 )
 from ckptc.ops.nest import AxisMap, Factor, Part, merge_axes, restrict_part, split_axis, whole
+from ckptc.ops.pattern import parse_pattern
 from ckptc.ops.rename import Rename
 from ckptc.ops.types import Axis
 
@@ -65,7 +66,24 @@ def test_the_shape_and_dtype_rules_say_what_forward_makes(kind: type[Op], data: 
     assert (out.shape, out.dtype) == (type_.shape, dtype_of(type_.dtype))
     if kind in ARITHMETIC:
         assert type_.dtype == "float32"
-    assert op.describe().startswith("" if kind is Rearrange else kind.name)
+    check_description(op, ins)
+
+
+def check_description(op: Op, ins: Sequence[TensorType]) -> None:
+    """As a mapping would say it: the op's word and its argument. `rearrange` is said by its pattern alone."""
+    said = op.describe()
+    if isinstance(op, Rearrange):
+        pattern = parse_pattern(said)
+        axes = [name for group in pattern.left for name in group]
+        assert axes == [axis.name for group in op.left for axis in group]
+        assert pattern.right is not None
+        assert [name for group in pattern.right for name in group] == [
+            axis.name for group in op.right for axis in group
+        ]
+        assert [len(group) for group in pattern.left] == [len(group) for group in op.left]
+    else:
+        word, _, argument = said.partition(" ")
+        assert word == op.name and (argument.strip() or not ins[0].axes)
 
 
 @every_op
