@@ -83,16 +83,23 @@ SHAPES: dict[str, tuple[list[str], list[str], int]] = {
     ),
 }
 RL = """
+import importlib.util
 import sys
-import jax
+from maxtext.checkpoint_conversion.utils.hf_model_configs import HF_MODEL_CONFIGS
 from maxtext.configs import pyconfig
 from maxtext.utils import model_creation_utils
 from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR
-from tunix.sft.checkpoint_manager import CheckpointManager
+# This file alone: the package imports much that this environment need not have.
+tunix = importlib.util.find_spec("tunix").submodule_search_locations[0]
+spec = importlib.util.spec_from_file_location("checkpoint_manager", tunix + "/sft/checkpoint_manager.py")
+saving = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(saving)
 config = pyconfig.initialize(["rl", MAXTEXT_CONFIGS_DIR + "/base.yml", *sys.argv[2:]])
+# The adapter asks for this, for names of vLLM's; its tree does not depend on it.
+HF_MODEL_CONFIGS.setdefault(config.model_name, HF_MODEL_CONFIGS["llama3.1-8b"])
 model, mesh = model_creation_utils.from_pretrained(config, wrap_with_tunix_adapter=True)
 with mesh:
-    manager = CheckpointManager(sys.argv[1])
+    manager = saving.CheckpointManager(sys.argv[1])
     manager.save(0, model, force=True)
     manager.close()
 """

@@ -104,6 +104,10 @@ SHAPES = {  # of each: the layout, the axis of stacked layers, the pipeline
     "diloco": ("scanned", 1, ""),
     "scan_axis_0": ("scanned", 0, ""),
     "scan_axis_2": ("scanned", 2, ""),
+    "pipeline": ("scanned", 1, "stages=2,layers=4"),
+    "pipeline_stages": ("unscanned", 1, "stages=2,layers_per_stage=2,layers=4"),
+    "pipeline_scanned_stages": ("scanned", 1, "stages=2,layers_per_stage=2,scan_layers_per_stage=1,layers=4"),
+    "rl": ("scanned", 1, ""),
 }
 
 
