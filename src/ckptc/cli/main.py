@@ -3,7 +3,7 @@
     0  done
     1  the input is at fault: a mapping, a checkpoint, a plan, an output that exists; or `diff` found differences
     2  the command line is at fault, or ckptc is
-  130  interrupted
+  128 + n  ended by signal n: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP; what is done is kept
 
 Commands import what they need when they run: `--help` loads none of it.
 """
@@ -11,18 +11,20 @@ Commands import what they need when they run: `--help` loads none of it.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments, diff, explain, export, formats
+from ckptc.cli import arguments, diff, explain, export, formats, system
 from ckptc.diagnostics import InputError, fail
 
 WHERE = "CKPTC_TRACEBACK=1 shows where"
-DONE, INPUT_AT_FAULT, USAGE_OR_INTERNAL, INTERRUPTED = 0, 1, 2, 130
+DONE, INPUT_AT_FAULT, USAGE_OR_INTERNAL = 0, 1, 2
 
 EPILOG = """\
 examples:
@@ -36,7 +38,8 @@ examples:
   ckptc diff HF DIR                                   what differs, and by how much
   ckptc explain shape-mismatch                        what an error's code means, and what to do
 
-exit codes: 0 done; 1 the input is at fault, or diff found differences; 2 usage or internal error; 130 interrupted"""
+exit codes: 0 done; 1 the input is at fault, or diff found differences; 2 usage or internal error;
+128 + n ended by signal n, 130 by Ctrl-C"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,55 +133,69 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of the `ckptc` command."""
+    """Runs the command line of this process."""
+    system.open_closed_streams()
     sys.exit(run(argv))
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. A usage error exits with 2 from within argparse."""
-    form = "text"
-    try:
+    with system.streams() as (out, _), system.stopping():
+        form = argparse.Namespace(format="text")
         try:
-            top = parser()
-            args = top.parse_args(argv)
-            form = args.format
-            for name, value in vars(args).items():
-                if (
-                    value == ""
-                ):  # a variable of the shell that is not set; as a path it would be the directory one is in
-                    top.error(f"argument {name.replace('_', '-')}: expected a value, not an empty one")
-            arguments.refuse_urls(args)
-            code = _handler(args.command)(args)
-        finally:
-            sys.stdout.flush()  # here, where a reader that has gone is understood, and not when Python ends
-        return code or DONE
-    except InputError as error:
+            args = _parsed(argv)
+            form = args
+            code = _handler(args.command)(args) or DONE
+            out.flush()
+            if out.error is not None and not isinstance(out.error, BrokenPipeError) and code == DONE:
+                _unprinted(args, out.error)
+            return code
+        except BaseException as error:
+            return _failed(error, form.format)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    top = parser()
+    args = top.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":  # a variable of the shell that is not set; as a path it would be the directory one is in
+            top.error(f"argument {name.replace('_', '-')}: expected a value, not an empty one")
+    arguments.refuse_urls(args)
+    return args
+
+
+def _unprinted(args: argparse.Namespace, error: OSError) -> None:
+    """Raises `system-refused` where what could not be printed is all that was asked for; else only says so."""
+    message = f"cannot write to standard output: {error.strerror}"
+    asked = args.command in ("models", "explain") or getattr(args, "dump_plan", False)
+    if asked or (args.command == "compile" and not args.plan_file):
+        raise fail("system-refused", message, help="what was printed is not whole: make room, and give it again")
+    print(f"warning: {message}; all else is done", file=sys.stderr)
+
+
+def _failed(error: BaseException, form: str) -> int:
+    """Says what ended a command, and returns its exit code."""
+    if isinstance(error, InputError):
         return _refused(error, form)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout has gone, as `| head` does; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except Exception as error:
-        if os.environ.get("CKPTC_TRACEBACK"):
-            traceback.print_exc()
-        if isinstance(error, OSError):  # a name too long, a lost mount: where no stage has more to say of it
-            return _refused(
-                fail(
-                    "system-refused",
-                    f"the system refused: {error}",
-                    help=f"check the path and its permissions; {WHERE}",
-                ),
-                form,
-            )
-        if isinstance(error, MemoryError):
-            help = "use less --memory, or fewer --jobs"
-            return _refused(fail("out-of-memory", "the system has no more memory for this command", help=help), form)
-        name = type(error).__name__
-        print(f"internal error: {name}: {error}\nThis is a bug in ckptc. {WHERE}.", file=sys.stderr)
-        return USAGE_OR_INTERNAL
+    if isinstance(error, KeyboardInterrupt):
+        stopped = error if isinstance(error, system.Stopped) else system.Stopped(signal.SIGINT)
+        print(stopped.words, file=sys.stderr)
+        return stopped.code
+    if not isinstance(error, Exception):
+        raise error
+    if os.environ.get("CKPTC_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, OSError):  # a name too long, a lost mount: where no stage has more to say of it
+        help = f"check the path and its permissions; {WHERE}"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            help = f"allow more open files (`ulimit -n`), or use fewer --jobs; {WHERE}"
+        return _refused(fail("system-refused", f"the system refused: {error}", help=help), form)
+    if isinstance(error, MemoryError):
+        help = "use less --memory, or fewer --jobs"
+        return _refused(fail("out-of-memory", "the system has no more memory for this command", help=help), form)
+    name = type(error).__name__
+    print(f"internal error: {name}: {error}\nThis is a bug in ckptc. {WHERE}.", file=sys.stderr)
+    return USAGE_OR_INTERNAL
 
 
 def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:

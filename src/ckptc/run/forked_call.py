@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ckptc.diagnostics import fail
-from ckptc.run.pool import die_with, raise_told, told
+from ckptc.run.pool import die_with, leave_signals_to_parent, raise_told, told
 
 THREADED = ("tensorstore",)  # libraries that have threads once they are used
 
@@ -79,6 +79,7 @@ def apart(make: Callable[[], Any]) -> Any:
 
 
 def _child(make: Callable[[], Any], others: Connection, pipe: Connection, parent: int) -> None:
+    leave_signals_to_parent()
     die_with(parent)
     others.close()  # or to say something would wait for ever where no parent hears it
     try:

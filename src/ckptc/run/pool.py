@@ -154,7 +154,7 @@ def _hear(pipe: Connection) -> dict[str, Any]:
 
 
 def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    leave_signals_to_parent()
     die_with(parent)
     try:
         body(k, lambda: None)
@@ -162,6 +162,12 @@ def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
         pipe.send_bytes(json.dumps(told(error)).encode())
         os._exit(1)
     os._exit(0)  # nothing of the parent's to clean up
+
+
+def leave_signals_to_parent() -> None:
+    """What a terminal or a supervisor sends reaches the whole group; the parent decides what becomes of its children."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def die_with(parent: int) -> None:

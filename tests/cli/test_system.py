@@ -1,0 +1,126 @@
+"""Closed and full streams, and signals: the exit code is the work's, or 128 and the signal's number."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from waiting import SECONDS, wait_for
+
+CONVERT = "convert --mapping mapping.yaml --model tiny --source checkpoint --output out --jobs 1"
+COMPILE = "compile --mapping mapping.yaml --model tiny --source checkpoint"
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """A line of the shell, in which CKPTC stands for the command."""
+    line = line.replace("CKPTC", f"{sys.executable} -m ckptc")
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.mark.parametrize(
+    "redirection", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1"]
+)
+@pytest.mark.parametrize("options", ["", "--quiet", "--json"])
+def test_a_conversion_is_done_whoever_hears_of_it(mapping: str, source: str, redirection: str, options: str) -> None:
+    done = shell(f"CKPTC {CONVERT} {options} {redirection}")
+    assert (done.returncode, Path("out/0/_CHECKPOINT_METADATA").exists()) == (0, True), done.stderr
+    assert "Traceback" not in done.stderr and "error" not in done.stderr
+    assert shell("CKPTC verify out").returncode == 0
+
+
+def test_stdout_that_is_full_is_said(mapping: str, source: str) -> None:
+    assert "warning: cannot write to standard output: No space left" in shell(f"CKPTC {CONVERT} >/dev/full").stderr
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+def test_a_fault_keeps_its_code(mapping: str, redirection: str) -> None:
+    assert shell(f"CKPTC {COMPILE} {redirection}").returncode == 1
+    assert shell(f"CKPTC nonsense {redirection}").returncode == 2
+
+
+@pytest.mark.parametrize("command", ["models", f"{COMPILE} --dump-plan", f"{COMPILE} --json", "explain --list"])
+def test_what_was_asked_for_on_a_full_stream_is_not_done(mapping: str, source: str, command: str) -> None:
+    done = shell(f"CKPTC {command} >/dev/full")
+    if done.returncode == 2:
+        pytest.skip("no such command")
+    assert done.returncode == 1 and "error[system-refused]: cannot write to standard output" in done.stderr
+
+
+def test_a_plan_is_written_though_nothing_can_be_printed(mapping: str, source: str) -> None:
+    assert shell(f"CKPTC {COMPILE} -o plan.json >/dev/full").returncode == 0
+    assert shell("CKPTC run plan.json --output out >&-").returncode == 0
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+SLOW = """\
+import os, time
+from ckptc.cli.main import main
+from ckptc.run import worker
+made = worker.Worker._make
+def slow(*a):
+    open(f"working.{os.getpid()}", "w").close()
+    time.sleep(0.2)
+    return made(*a)
+worker.Worker._make = slow
+"""
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
+
+
+def started(script: str) -> subprocess.Popen[str]:
+    defaults = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    argv = [sys.executable, "-c", defaults + script]
+    return subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["one", "group"])
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("number", WORDS)
+def test_a_signal_stops_workers_and_keeps_what_is_done(
+    mapping: str, source: str, number: signal.Signals, jobs: int, whole_group: bool
+) -> None:
+    line = CONVERT.replace("--jobs 1", f"--jobs {jobs}").split()
+    process = started(f"{SLOW}main({line!r})")
+    wait_for(lambda: list(Path().glob("working.*")))
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, err) == (128 + number, WORDS[number] + "\n")
+    for mark in Path().glob("working.*"):
+        pid = int(mark.suffix[1:])
+        assert not Path(f"/proc/{pid}").exists() or pid == process.pid
+    assert Path("out/.ckptc-unfinished/plan").exists() and not Path("out/0").exists()
+    assert shell(f"CKPTC {CONVERT}").returncode == 0
+
+
+def test_a_signal_that_is_ignored_stays_ignored(mapping: str, source: str) -> None:
+    ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    process = started(f"{ignored}{SLOW}main({CONVERT.split()!r})")
+    wait_for(lambda: list(Path().glob("working.*")))
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.communicate(timeout=SECONDS)[1] == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize("number", WORDS)
+def test_a_signal_during_imports_leaves_no_traceback(number: signal.Signals) -> None:
+    script = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ckptc.cli.main":
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+from ckptc.__main__ import main
+main()
+"""
+    process = started(script)
+    assert process.stdout and process.stdout.readline() == "importing\n"
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + number and re.fullmatch(r"interrupted\n|ended by signal \d+\n", err)
