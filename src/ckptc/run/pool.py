@@ -193,11 +193,15 @@ def raise_told(said: dict[str, Any]) -> None:
     """Raises what `told` has told, if anything: the InputError, or RuntimeError with the text of another failure."""
     if "input" in said:
         raise InputError(
-            Diagnostic(d["code"], d["message"], Span(**d["span"]) if d["span"] else None, tuple(d["notes"]), d["help"])
+            Diagnostic(d["code"], d["message"], d["span"] and _span(d["span"]), tuple(d["notes"]), d["help"])
             for d in said["input"]
         )
     if "internal" in said:
         raise RuntimeError(said["internal"])
+
+
+def _span(told: dict[str, Any]) -> Span:
+    return Span(**{**told, "also": tuple((what, _span(span)) for what, span in told["also"])})
 
 
 def _raise(said: dict[str, Any], code: int | None) -> None:
