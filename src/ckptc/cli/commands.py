@@ -23,7 +23,8 @@ from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
 from ckptc.plan.division import balance
 from ckptc.plan.model import Plan
-from ckptc.spec.mapping import Family, Model, find_model, load_mapping, shipped
+from ckptc.spec.halves.expanded import expanded
+from ckptc.spec.mapping import TARGET, Family, Model, find_model, load_mapping, shipped
 from ckptc.spec.rules import load_rules
 from ckptc.spec.target import Rules, target_tree
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
@@ -36,6 +37,9 @@ _PLAN_BEGINS = b'{\n "format":'
 
 
 def models(args: argparse.Namespace) -> None:
+    if args.expanded or args.target:
+        _expanded(args)
+        return
     mappings = _mappings(args.mapping)
     if args.name:
         mapping, model = find_model(args.name, mappings)
@@ -44,6 +48,17 @@ def models(args: argparse.Namespace) -> None:
         return
     rows = [render.model_row(m, model) for m in mappings or shipped() for model in m.models.values()]
     print(json.dumps(rows, indent=1) if args.json else render.models(rows))
+
+
+def _expanded(args: argparse.Namespace) -> None:
+    """Prints a family as explicit rules."""
+    if not args.expanded or not args.name:
+        option = "--expanded" if args.expanded else "--target"
+        raise fail("unused-option", f"{option} is of a family", help="use `ckptc models NAME --expanded`")
+    target = args.target or TARGET
+    mappings = (load_mapping(Path(args.mapping), target=target),) if args.mapping else None
+    document = find_model(args.name, mappings, target)[0].document
+    print(json.dumps(document.data, indent=1) if args.json else expanded(document), end="\n" if args.json else "")
 
 
 def compile_(args: argparse.Namespace) -> None:

@@ -60,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
     )
     models.add_argument("name", nargs="?", metavar="NAME", help="show this model: dims, rules, ops, tensors, bytes")
     models.add_argument("--mapping", metavar="FILE", help="list the models of this mapping instead of the shipped ones")
+    models.add_argument(
+        "--expanded",
+        action="store_true",
+        help="print NAME's family as explicit rules, with the reasons of what is done: a mapping that --mapping takes",
+    )
+    models.add_argument(
+        "--target", metavar="TARGET", help="with --expanded, what the family runs as (default: maxtext)"
+    )
     models.add_argument("--json", action="store_true", help="print JSON")
 
     compile_ = commands.add_parser(

@@ -180,12 +180,12 @@ def shipped() -> tuple[Family, ...]:
     return tuple(sorted((load_shipped(p) for p in mapping_files()), key=lambda m: m.family))
 
 
-def find_model(name: str, mappings: tuple[Family, ...] | None = None) -> tuple[Family, Model]:
-    """The mapping and the model called `name`. Raises InputError `unknown-model`, naming the nearest."""
+def find_model(name: str, mappings: tuple[Family, ...] | None = None, target: str = TARGET) -> tuple[Family, Model]:
+    """The family, as `target` runs it, and the model called `name`. Raises InputError `unknown-model`, naming the nearest."""
     if mappings is None:
         # Only the files that mention the name are read: parsing all of them is most of a short command's time.
         named = [p for p in mapping_files() if f"{name}:" in p.read_text(encoding="utf-8")]
-        for mapping in (load_shipped(p) for p in named):
+        for mapping in (load_shipped(p, target) for p in named):
             if name in mapping.models:
                 return mapping, mapping.models[name]
     among = shipped() if mappings is None else mappings

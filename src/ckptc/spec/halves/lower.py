@@ -64,13 +64,8 @@ def find_part(name: str, kind: str, folder: Path | None, below: tuple[str, ...],
     if path.is_file():
         return _load(path, "/".join(("mappings", *below, f"{name}.yaml")), kind)
     known = sorted(p.stem for p in shipped_file(*below).glob("*.yaml"))
-    raise fail(
-        "unknown-part",
-        f"there is no {kind} `{name}`",
-        span=span,
-        notes=(f"known here: {', '.join(known)}",) if known else (),
-        help=did_you_mean(name, known),
-    )
+    help = did_you_mean(name, known) or (f"known here: {', '.join(known)}" if known else None)
+    raise fail("unknown-part", f"there is no {kind} `{name}`", span=span, help=help)
 
 
 @cache
