@@ -162,12 +162,11 @@ class Derivation:
         """Axes that the target has longer."""
         axes = flat(target.axes.of(0))
         ops = rule.data.get("ops", [])
-        for word, by_axis in self.target.sizes.items():
-            for axis, said in by_axis.items():
-                if axis in axes:
-                    at: Where = ("ops", len(ops), word)
-                    ops = [*ops, {word: {axis: said.value}}]
-                    rule.spans[at], rule.reasons[at] = said.span, f"{self.target.label} has {said.value} of `{axis}`"
+        for axis, (word, said) in self.target.sizes.items():
+            if axis in axes:
+                at: Where = ("ops", len(ops), word)
+                ops = [*ops, {word: {axis: said.value}}]
+                rule.spans[at], rule.reasons[at] = said.span, f"{self.target.label} has {said.value} of `{axis}`"
         if ops:
             rule.data["ops"] = ops
 

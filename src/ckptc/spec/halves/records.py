@@ -86,7 +86,7 @@ class Half:
     span: Span
     sections: dict[str, Section] = field(default_factory=dict)
     statements: list[tuple[str, tuple[str, ...] | None, Said]] = field(default_factory=list)  # None: of all it concerns
-    sizes: dict[str, dict[str, Said]] = field(default_factory=dict)  # `pad`: by axis
+    sizes: dict[str, tuple[str, Said]] = field(default_factory=dict)  # by axis: `pad` or `resize`, and to what
 
     def holdings(self) -> Iterator[Holding]:
         for section in self.sections.values():
@@ -110,7 +110,8 @@ class Half:
         for word, value in data.items():
             path = (*where, word)
             if word in SIZES:
-                self.sizes.setdefault(word, {}).update({a: Said(v, document, (*path, a)) for a, v in value.items()})
+                for axis, size in value.items():
+                    self.sizes[axis] = (word, Said(size, document, (*path, axis)))
             elif word in CONVENTIONS:
                 self._state(word, document, value, path)
         plain = {k: v for k, v in data.items() if k not in (*SIZES, *CONVENTIONS)}
