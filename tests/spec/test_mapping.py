@@ -228,9 +228,9 @@ def test_only_files_that_mention_a_name_are_read(monkeypatch: pytest.MonkeyPatch
     """Reading YAML is most of a short command's time."""
     read_: list[str] = []
 
-    def load(path: Path) -> Family:
+    def load(path: Path, target: str) -> Family:
         read_.append(path.name)
-        return load_mapping(path)
+        return load_mapping(path, target=target)
 
     monkeypatch.setattr(spec, "load_shipped", load)
     assert find_model("mixtral-8x7b")[0].family == "mixtral"

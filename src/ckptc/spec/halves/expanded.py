@@ -19,7 +19,7 @@ _WORDS = ("true", "false", "null", "yes", "no", "on", "off", "~")
 
 def expanded(document: Document) -> str:
     """The text. Lists and maps that fit a line stand on one."""
-    lines = [f"# yaml-language-server: $schema={_schema()}"] if document.derived else []
+    lines: list[str] = []
     for key, value in document.data.items():
         spaced = key in ("dims", "models", "tensors", "blocks", "ignore", "config", "sources", "unsupported", "decode")
         lines += [""] if spaced else []
@@ -27,18 +27,13 @@ def expanded(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _schema() -> str:
-    return "schema/mapping.schema.json"
-
-
 def _lines(document: Document, path: Path_, value: Any, depth: int) -> Iterator[str]:
-    """`key: value`, on one line if it is short and says no reasons, and after its reasons."""
+    """`key: value`, on one line if it is short. The reasons of a rule's ops stand before it."""
     indent, key = "  " * depth, scalar(path[-1])
-    reasons = [(p, r) for p, r in document.reasons.items() if p[: len(path)] == path]
-    if _is_rule(value):
-        yield from (f"{indent}# {p[-1]}: {reason}" for p, reason in reasons)
+    yield from _reasons(document, path, value, indent)
     line = f"{indent}{key}: {flow(value)}"
-    if not isinstance(value, dict | list) or (len(line) <= WIDTH and depth and (not reasons or _is_rule(value))):
+    short = len(line) <= WIDTH and depth and path[-1] not in ("tensors", *_blocks(path))
+    if not isinstance(value, dict | list) or short:
         yield line
     elif isinstance(value, dict):
         yield f"{indent}{key}:" if value else f"{indent}{key}: {{}}"
@@ -52,9 +47,7 @@ def _lines(document: Document, path: Path_, value: Any, depth: int) -> Iterator[
 
 def _item(document: Document, path: Path_, value: Any, depth: int) -> Iterator[str]:
     indent = "  " * depth
-    if _is_rule(value):
-        reasons = [(p, r) for p, r in document.reasons.items() if p[: len(path)] == path]
-        yield from (f"{indent}# {p[-1]}: {reason}" for p, reason in reasons)
+    yield from _reasons(document, path, value, indent)
     line = f"{indent}- {flow(value)}"
     if len(line) <= WIDTH or not isinstance(value, dict):
         yield line
@@ -64,8 +57,16 @@ def _item(document: Document, path: Path_, value: Any, depth: int) -> Iterator[s
     yield from inner[1:]
 
 
-def _is_rule(value: Any) -> bool:
-    return isinstance(value, dict) and ("from" in value or "fill" in value)
+def _blocks(path: Path_) -> Path_:
+    """The name of a block, where the path is of one: it is never on one line."""
+    return path[-1:] if path[:1] == ("blocks",) and len(path) == 2 else ()
+
+
+def _reasons(document: Document, path: Path_, value: Any, indent: str) -> Iterator[str]:
+    if isinstance(value, dict) and ("from" in value or "fill" in value):
+        n = len(path)
+        found = (f"{p[-1]}: {r}" for p, r in document.reasons.items() if p[:n] == path)
+        yield from (f"{indent}# {reason}" for reason in dict.fromkeys(found))
 
 
 def flow(value: Any) -> str:
