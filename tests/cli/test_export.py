@@ -215,3 +215,20 @@ def test_a_killed_worker_leaves_nothing(ckptc: Command) -> None:
     done = by_workers()
     assert done.returncode == 1 and "error[worker-died]" in done.stderr, done.stderr
     assert "goes on from there" not in done.stderr and not Path("out").exists()
+
+
+TRAINED = DATA / "trained"
+
+
+def test_layers_go_where_maxtext_has_them_and_come_back(ckptc: Command) -> None:
+    """The options of a conversion, what its summary says of them, and an export that is told nothing."""
+    original = str(TRAINED / "hf")
+    given = ["--model", "llama2-7b", "--source", original]
+    pipeline = ["--param-scan-axis", "0", "--pipeline", "stages=2,layers=4"]
+    compiled = ckptc("compile", *given, *pipeline, "-o", "plan.json")
+    assert "scanned, param_scan_axis 0, pipeline of stages=2,layers=4, bfloat16" in compiled.out
+    assert ckptc("run", "plan.json", "--output", "out", "--quiet").code == 0
+    assert ckptc("verify", "plan.json", "--output", "out").code == 0
+    back = ckptc("export", "--model", "llama2-7b", "--source", "out", "--output", "hf", "--config-from", original)
+    assert "scanned, param_scan_axis 0, pipeline of stages=2,layers=4, to bfloat16" in back.out
+    assert ckptc("diff", original, "hf").code == 0

@@ -163,6 +163,8 @@ def _compile_export(args: argparse.Namespace) -> Plan:
         raise fail("unknown-source", "an export is compiled for a checkpoint", help="say which one with `--source DIR`")
     if args.mesh is not None or args.rules is not None:
         raise fail("bad-mesh", "an export is of whole tensors", help="leave out --mesh and --rules")
+    if args.pipeline is not None:
+        raise fail("bad-pipeline", "an export finds out how layers are pipelined", help="leave out --pipeline")
     if args.link:
         raise fail("cannot-link", "an export writes files of its own", help="leave out --link")
     with export.reading(args, chunks=False) as work:

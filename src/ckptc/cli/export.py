@@ -271,7 +271,7 @@ def summary(plan: Plan) -> str:
     assert outputs is not None
     files = len(outputs.files)
     lines = [
-        f"{m.model} ({m.family}), {c.layout}, to {c.dtype}" + (", multimodal" if c.multimodal else ""),
+        f"{m.model} ({m.family}), {render.layout(c)}, to {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"reads   {render.size(t.read_bytes)} of {t.tensors} arrays, decoded chunks counted as often as they are read",
         f"writes  {render.size(t.write_bytes)} in {t.arrays} tensors, {render.count(t.parameters)} parameters, "
         f"{files} file{'s' if files != 1 else ''}",

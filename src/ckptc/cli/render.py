@@ -16,7 +16,7 @@ from ckptc.spec.resources import shipped_file
 
 if TYPE_CHECKING:
     from ckptc.plan.division import Balance
-    from ckptc.plan.model import Plan
+    from ckptc.plan.model import Choices, Plan
     from ckptc.run.runner import Report
     from ckptc.spec.mapping import Family, Model
 
@@ -277,6 +277,12 @@ def summary_record(plan: Plan) -> dict[str, Any]:
     return {**{k: body[k] for k in ("made", "choices", "totals", "left_out")}, "rules": rules(plan)}
 
 
+def layout(choices: Choices) -> str:
+    """Where layers lie: the layout, and what of MaxText's settings is not as usual."""
+    axis = f", param_scan_axis {choices.scan_axis}" if choices.scan_axis != 1 else ""
+    return choices.layout + axis + (f", pipeline of {choices.pipeline}" if choices.pipeline else "")
+
+
 def summary(plan: Plan) -> str:
     """What a run would do: counts, bytes, memory, what is left out, one line for each rule."""
     t, c, m = plan.totals, plan.choices, plan.made
@@ -289,7 +295,7 @@ def summary(plan: Plan) -> str:
     if t.linked_bytes:
         written = f"{size(t.write_bytes - t.linked_bytes)} of {written}"
     lines = [
-        f"{m.model} ({m.family}), {c.layout}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
+        f"{m.model} ({m.family}), {layout(c)}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
         f"reads   {size(t.read_bytes)} of {t.tensors} tensors"
         + (f", {size(t.reread_bytes)} of it again" if t.reread_bytes else ""),
