@@ -10,7 +10,7 @@ import ckptc
 
 SOURCE = Path(ckptc.__file__).parent
 FILES = sorted(p for p in SOURCE.rglob("*.py") if "_data" not in p.parts)
-ORDER = ("diagnostics", "spec", "ops", "ir", "plan", "compile", "storage", "run", "cli", "__main__")
+ORDER = ("diagnostics", "regular", "spec", "ops", "ir", "plan", "compile", "storage", "run", "cli", "__main__")
 # What a stage does without, of the stages before it: the table in the design.
 APART = {
     "ops": {"diagnostics", "spec"},

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from ckptc.cli.verify import against_source
 from ckptc.diagnostics import InputError
 from ckptc.ops.types import numpy_dtype
 from ckptc.plan.json import dumps, loads
@@ -25,6 +27,7 @@ from ckptc.run import diff
 from ckptc.run.journal import UNFINISHED
 from ckptc.run.runner import Report, Settings, run
 from ckptc.run.verify import check_sums
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from golden import compile_case, difference, differences, expected_of, known_cases, source_tensors
 from reference import GoldenCase
 from restoring import by_path, restored, v1_load, with_devices
@@ -186,6 +189,26 @@ def test_verify_notices_a_source_that_was_changed_in_place(source: Path, tmp_pat
         file.write(b"\1\1")
     with pytest.raises(InputError) as error:
         check_sums(tmp_path / "out" / "0")
+    assert codes(error) == {"linked-changed"} and changed.name in error.value.diagnostics[0].message
+
+
+@pytest.mark.parametrize("times", ["new", "set back"])
+def test_verify_against_the_source_notices_that_it_was_changed_in_place(
+    source: Path, tmp_path: Path, times: str
+) -> None:
+    """The linked file is the source's own: compared bit by bit, it would be equal to itself."""
+    convert(linked(), source, tmp_path / "out")
+    changed = sorted(source.glob("*.safetensors"))[0]
+    before = changed.stat()
+    with changed.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\1\1")
+    if times == "set back":
+        os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    now = zip(linked().files, open_checkpoint(source).files, strict=True)
+    plan = replace(linked(), files=tuple(replace(f, content=c.content) for f, c in now))
+    with pytest.raises(InputError) as error:
+        against_source(plan, tmp_path / "out" / "0", source, None, lambda progress: None)
     assert codes(error) == {"linked-changed"} and changed.name in error.value.diagnostics[0].message
 
 

@@ -23,6 +23,7 @@ from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
 from ckptc.plan.division import balance
 from ckptc.plan.model import Plan
+from ckptc.regular import open_file
 from ckptc.spec.halves.expanded import expanded
 from ckptc.spec.mapping import TARGET, Family, Model, find_model, load_mapping, shipped
 from ckptc.spec.rules import load_rules
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 def read_plan(path: Path) -> tuple[Plan, bytes]:
     """A plan that can be run, and its text. Raises `unreadable-plan`, and what `loads` and `check_plan` raise."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             text = file.read(plan_json.MAX_BYTES + 1)
     except OSError as error:
         raise fail(

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ckptc.diagnostics import InputError, fail
+from ckptc.regular import open_file
 from ckptc.run.journal_lines import Lines
 from ckptc.run.sources import Sighting, other_plan
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState
@@ -250,7 +251,8 @@ def replace(unfinished: Unfinished, final: Path) -> None:
 def _read(path: Path) -> str | None:
     """The text of a small file; None when there is none, or when it is empty, as a power failure may leave it."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
+        with open_file(path) as file:
+            return file.read().decode("utf-8", "replace").strip() or None
     except FileNotFoundError:
         return None
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from ckptc.diagnostics import Diagnostic, InputError, Span, fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
+from ckptc.regular import open_file
 from ckptc.storage.source.content import check_unchanged
 from ckptc.storage.source.files import open_regular, resolve, shown, unreadable
 
@@ -141,7 +142,7 @@ def hub_sha256(directory: Path, name: str) -> str | None:
 def read_sums(path: Path) -> Mapping[str, str]:
     """Name -> SHA-256 in hex, of a file that `sha256sum` wrote; `--tag` and `*` for binary are understood."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             content = file.read(MAX_SUMS + 1)
         if len(content) > MAX_SUMS:
             raise fail("invalid-sums", f"{path} is too large to be a list of sums")

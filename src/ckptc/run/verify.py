@@ -80,11 +80,14 @@ def compare(
 
     `graph`: of the plan's mapping and choices; `files`: the plan's, in `source`. Raises InputError with a diagnostic
     for each array: `missing-array`, `extra-array`, `wrong-array` (another shape or dtype), `output-differs`,
-    `checksum-differs`; or `damaged-output`, and what `find_step` and reading the source raise.
+    `checksum-differs`; `linked-changed` for each linked file; or `damaged-output`, and what `find_step` and reading the source raise.
     """
     found = find_step(step)
     stored, sums = open_restored(found.items), _Sums(found.directory)
     problems = _unlike({"/".join(t.path): (t.type.shape, t.type.dtype) for t in graph.targets}, stored)
+    problems += changed(
+        found.items, sums.files
+    )  # which are the source's own: compared, they would be equal to themselves
     tensors = Tensors(source, files)
     total, done = sum(t.type.nbytes for t in graph.targets), 0
     for target in graph.targets:

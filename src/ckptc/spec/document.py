@@ -18,6 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ckptc.diagnostics import InputError, Span, fail
+from ckptc.regular import open_file
 
 Path_ = tuple[str | int, ...]
 
@@ -106,7 +107,7 @@ def load(path: Path, name: str | None = None) -> Document:
     """Read and parse a mapping file. `name` is how diagnostics call it (default: the path as given)."""
     shown = name or str(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise fail("unreadable-mapping", f"cannot read {shown}: {error.strerror}") from None

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.source import SourceFile
+from ckptc.storage.source.content import content_of
 from ckptc.storage.source.files import refuse, resolve, shown
 
 LINKED = "linked"  # below `items`
@@ -44,10 +45,12 @@ class LinkedChunks:
 
 @dataclass(frozen=True, slots=True)
 class LinkedFile:
-    """What is kept of a linked file: size in bytes, time of the last change of its content in nanoseconds."""
+    """What is kept of a linked file: size in bytes, time of the last change of its content in nanoseconds, and what tells
+    its content from others' (`SourceFile.content`)."""
 
     size: int
     mtime: int
+    content: str = ""
 
 
 def link_files(source: Path, files: Iterable[SourceFile], items: Path) -> dict[str, LinkedFile]:
@@ -76,7 +79,7 @@ def link_files(source: Path, files: Iterable[SourceFile], items: Path) -> dict[s
                 f"{status.st_size} bytes",
                 help,
             )
-        out[file.name] = LinkedFile(status.st_size, status.st_mtime_ns)
+        out[file.name] = LinkedFile(status.st_size, status.st_mtime_ns, file.content)
     return out
 
 
@@ -100,14 +103,21 @@ def _cannot_link(original: Path, items: Path, error: OSError) -> InputError:
 
 
 def changed(items: Path, files: Mapping[str, Any]) -> list[Diagnostic]:
-    """A diagnostic for each linked file that is not as it was. `files`: by name, [size, mtime], as `record` made them."""
+    """A diagnostic for each linked file that is not as it was. `files`: by name, [size, mtime, content], as `record` made them."""
     problems = []
     for name, kept in sorted(files.items()):
         try:
-            status = resolve(items / LINKED, name).stat()
+            path = resolve(items / LINKED, name)
+            status = path.stat()
             found: object = [status.st_size, status.st_mtime_ns]
+            if isinstance(kept, list) and found == kept[:2] and kept[2:] != [""]:
+                found = [*kept[:2], content_of(path, name)]
+            elif isinstance(kept, list):
+                found = [status.st_size, status.st_mtime_ns, *kept[2:]]
         except OSError as error:
             found = error.strerror
+        except InputError as error:
+            found = error.diagnostics[0].message
         if found != kept:
             notes = (f"expected: {_said(kept)}", f"found: {_said(found)}")
             message = (
@@ -118,12 +128,12 @@ def changed(items: Path, files: Mapping[str, Any]) -> list[Diagnostic]:
     return problems
 
 
-def record(files: Mapping[str, LinkedFile]) -> dict[str, Sequence[int]]:
+def record(files: Mapping[str, LinkedFile]) -> dict[str, Sequence[int | str]]:
     """The files as JSON has them."""
-    return {name: [file.size, file.mtime] for name, file in files.items()}
+    return {name: [file.size, file.mtime, file.content] for name, file in files.items()}
 
 
 def _said(value: object) -> str:
-    if isinstance(value, list) and len(value) == 2:
-        return f"{value[0]} bytes, changed at {value[1]} ns since 1970"
+    if isinstance(value, list) and len(value) == 3:
+        return f"{value[0]} bytes, changed at {value[1]} ns since 1970, content {value[2] or 'not noted'}"
     return str(value)
