@@ -100,7 +100,7 @@ def evaluate(plan: Plan, source: Path, numbers: Iterable[int] | None = None) -> 
         box = tuple(slice(i * c, i * c + n) for i, c, n in zip(index, array.chunk, chunk.shape, strict=True))
         made[number][box] = chunk
 
-    files = [SourceFile(f.name, f.size, f.header) for f in plan.files]
+    files = [SourceFile(f.name, f.size, f.header) for f in plan.sources[0].files]
     with RangeReader(source, files) as reader:
         worker = Worker(plan, reader, sink, lambda: None)
         for _ in worker.make((0, number, box) for number in wanted for box in plan.arrays[number].units()):

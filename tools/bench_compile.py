@@ -45,7 +45,7 @@ def tensors(plan: Plan) -> Iterator[Tensor]:
     shapes: dict[int, tuple[int, ...]] = {}
     for array in plan.arrays:
         for source in array.sources:
-            shapes |= dict.fromkeys(source.tensors, source.shape)
+            shapes |= dict.fromkeys(source.tensors, source.stored.shape)
     for position, tensor in enumerate(plan.tensors):
         yield Tensor(tensor.name, shapes[position])
 

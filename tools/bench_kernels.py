@@ -38,7 +38,7 @@ from ckptc.ops.codes.nvfp4 import Nvfp4
 from ckptc.ops.codes.packed_int import PackedInt
 from ckptc.ops.nest import Part, whole
 from ckptc.ops.types import numpy_dtype
-from ckptc.plan.model import Beside, Decode, Source
+from ckptc.plan.model import Beside, Decode, Stored
 from ckptc.plan.reads import need
 from ckptc.run.decode import BesideRows, Coded, Decoder
 from ckptc.run.kernel import Conversion, Kernel, Loop, Math
@@ -122,12 +122,12 @@ def rearranged(
 def decoded(code: Code, shape: tuple[int, ...]) -> Made:
     """A whole weight of codes, to float32."""
     arrays = code.random(shape, np.random.default_rng(0))
-    beside = tuple(Beside(a.dtype.name, a.shape, (0,)) for a in arrays[1:])
+    beside = tuple(Beside(a.dtype.name, a.shape) for a in arrays[1:])
     decode = Decode(code.name, code.settings(), shape, beside)
     layout = code.layout(shape)
     count = prod(layout.axes)
     whole_rows = Part(0, 0, 0, (whole(count, layout.length), whole(layout.length, 1)))
-    needed = need(whole_rows, Source(arrays[0].dtype.name, arrays[0].shape, (0,), decode))
+    needed = need(whole_rows, Stored(arrays[0].dtype.name, arrays[0].shape, decode=decode))
     assert needed.rows is not None
     rows = needed.rows
     codes, out = memory(arrays[0].nbytes, "uint8"), memory(count * layout.length, F32)

@@ -22,7 +22,8 @@ CONVERT = ("convert", *PLAN[1:])
 
 
 def arrays(text: str) -> dict[str, list[int]]:
-    return {a["path"]: a["shape"] for a in json.loads(text)["arrays"]}
+    body = json.loads(text)
+    return {name: body["kinds"][kind]["shape"] for name, kind, *_ in body["outputs"]}
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -87,8 +88,9 @@ def test_dump_plan_prints_the_plan_and_nothing_else(ckptc: Command, mapping: str
     assert (done.code, done.err) == (0, "")
     body = json.loads(done.out)  # which refuses anything before or after
     assert list(body["totals"]) == ["arrays", "tensors", "parameters", "read_bytes", "write_bytes", "peak_memory_bytes"]
-    assert [a["path"] for a in body["arrays"]] == sorted(a["path"] for a in body["arrays"])
-    assert all({"path", "shape", "dtype"} <= a.keys() for a in body["arrays"])
+    names = [name for name, *_ in body["outputs"]]
+    assert names and names == sorted(names)
+    assert all({"rule", "shape", "dtype"} <= kind.keys() for kind in body["kinds"])
     assert loads(done.out).made.model == "tiny"
 
 
@@ -121,7 +123,7 @@ def test_a_plan_made_without_a_checkpoint_is_not_said_to_run(ckptc: Command, map
 
 def test_compile_json(ckptc: Command, mapping: str, source: str) -> None:
     record = json.loads(ckptc(*PLAN, "--json").out)
-    assert list(record) == ["made", "choices", "totals", "left_out", "rules"]
+    assert list(record) == ["made", "choices", "layout", "totals", "left_out", "rules"]
     assert record["totals"]["write_bytes"] == sum(r["write_bytes"] for r in record["rules"]) == 160
 
 
@@ -136,9 +138,9 @@ def test_scan_is_the_default_and_no_scan_keeps_layers_apart(ckptc: Command, mapp
 
 def test_dtype_shards_and_memory_reach_the_plan(ckptc: Command, mapping: str) -> None:
     body = json.loads(ckptc(*ABSTRACT, "--dump-plan", "--dtype", "float32", "--shards", "2", "--memory", "1MiB").out)
-    assert {a["dtype"] for a in body["arrays"]} == {"float32"}
+    assert {kind["dtype"] for kind in body["kinds"]} == {"float32"}
     assert body["choices"]["memory"] == 1 << 20
-    assert [a["shards"] for a in body["arrays"]] == [[2, 1, 1], [2, 1]]
+    assert [kind["shards"] for kind in body["kinds"]] == [[2, 1, 1], [2, 1]]
 
 
 def test_set_wins_and_may_be_an_expression(ckptc: Command, mapping: str, source: str) -> None:

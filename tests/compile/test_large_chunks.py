@@ -6,19 +6,20 @@ from dataclasses import replace
 from math import prod
 
 import pytest
-from msgspec import structs
 
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.large_chunks import LEAST, MOST
 from ckptc.compile.mesh import read_mesh
 from ckptc.compile.options import Options
+from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.ops.types import itemsize
-from ckptc.plan.check import PlanError, check_array
+from ckptc.plan.check_layout import PlanError, check_layout
 from ckptc.plan.json import dumps, loads
 from ckptc.plan.model import Array, Plan
 from ckptc.plan.stored import axis_order, file_bytes, places
 from ckptc.spec import mapping as spec
 from ckptc.spec.target import target_tree
+from plans import altered, with_arrays
 
 MALLOC_MOST = 32 << 20  # bytes: glibc's DEFAULT_MMAP_THRESHOLD_MAX on machines of 64 bits
 MODELS = ("llama3.1-8b", "qwen3-30b-a3b", "gemma2-2b")
@@ -85,12 +86,13 @@ def test_large_chunks_lie_one_after_the_other() -> None:
     ids=["cut twice", "rank", "no pieces", "smaller", "past the edge"],
 )
 def test_a_plan_with_large_chunks_that_are_none_is_refused(stored: tuple[int, ...]) -> None:
-    array = next(a for a in plan_of("llama3.1-8b").arrays if len(a.shape) == 2 and not a.stored)
-    made = structs.replace(
-        array, shape=(16, 6), chunk=(4, 3), unit=(8, 6), shards=(1, 1), stored=stored, parts=(), sources=()
-    )
-    with pytest.raises(PlanError, match="chunk"):
-        check_array(made)
+    plan = plan_of("llama3.1-8b")
+    array = next(a for a in plan.arrays if len(a.shape) == 2 and not a.stored)
+    whole = Part(None, 0, 0, (AxisMap(0, (Factor(16, 1, 0),)), AxisMap(0, (Factor(6, 1, 0),))))
+    sizes = {"shape": (16, 6), "chunk": (4, 3), "unit": (8, 6), "shards": (1, 1), "axes": ()}
+    made = with_arrays(plan, [altered(array, stored=stored, parts=(whole,), sources=(), **sizes)])
+    with pytest.raises((PlanError, ValueError), match="chunk"):
+        check_layout(made)
 
 
 def test_pieces_that_are_no_runs_have_no_order() -> None:

@@ -9,16 +9,16 @@ from ckptc.compile.link import LEAST, MOST, choose
 from ckptc.compile.options import Options
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.plan.links import linked_bytes
-from ckptc.plan.model import Content, Source
+from ckptc.plan.model import Content, Stored
 from ckptc.spec.mapping import find_model
 
 BUDGET = 64 << 20
 EMBED, MLP = 4096, 14336
-KERNEL = Source("bfloat16", (MLP, EMBED), tuple(range(32)))
+KERNEL = Stored("bfloat16", (MLP, EMBED), 32)
 
 
-def content(shape: tuple[int, ...], source: Source, parts: tuple[Part, ...]) -> Content:
-    return Content(shape, source.dtype, (source.kind,), parts)
+def content(shape: tuple[int, ...], source: Stored, parts: tuple[Part, ...]) -> Content:
+    return Content(shape, source.dtype, (source,), parts)
 
 
 def test_a_transposed_stack_is_cut_along_what_its_source_stores_slowest() -> None:
@@ -46,7 +46,7 @@ def test_chunks_end_where_padding_begins_if_they_stay_large() -> None:
             Part(0, 0, 0, (whole(rows, EMBED), whole(EMBED, 1))),
             Part(None, 0, 0, (AxisMap(rows, (Factor(size - rows, 1, 0),)), whole(EMBED, 0))),
         )
-        source = Source("bfloat16", (rows, EMBED), (0,))
+        source = Stored("bfloat16", (rows, EMBED))
         return (choose(content((size, EMBED), source, parts), (1, 1), BUDGET) or ((), ()))[0]
 
     assert padded(128256, 128512) == (256, EMBED)
@@ -61,7 +61,7 @@ def test_a_chunk_that_must_be_made_fits_in_the_budget_four_times(budget: int) ->
         Part(0, 0, 0, (whole(EMBED, 1), whole(rows, EMBED))),
         Part(None, 0, 0, (whole(EMBED, 0), AxisMap(rows, (Factor(size - rows, 1, 0),)))),
     )
-    source = Source("bfloat16", (rows, EMBED), (0,))
+    source = Stored("bfloat16", (rows, EMBED))
     chunk, order = choose(content((EMBED, size), source, parts), (1, 1), budget) or ((), ())
     assert order == (1, 0) and 4 * chunk[0] * chunk[1] * 2 <= budget
 
@@ -71,13 +71,13 @@ def test_what_lies_in_small_pieces_is_copied() -> None:
     inside = AxisMap(0, (Factor(64, 2, EMBED), Factor(2, 1, 64 * EMBED)))
     rope = Part(0, 0, 0, (whole(EMBED, 1), whole(32, 128 * EMBED), inside))
     assert EMBED * 2 < LEAST
-    source = Source("bfloat16", (EMBED, EMBED), (0,))
+    source = Stored("bfloat16", (EMBED, EMBED))
     assert choose(content((EMBED, 32, 128), source, (rope,)), (1, 1, 1), BUDGET) is None
 
 
 def test_whole_tensors_are_linked_however_small() -> None:
     norm = Part(0, 0, 0, (whole(128, 1), whole(32, 0, 1)))
-    source = Source("bfloat16", (128,), tuple(range(32)))
+    source = Stored("bfloat16", (128,), 32)
     assert choose(content((128, 32), source, (norm,)), (1, 1), BUDGET) == ((128, 1), (0, 1))
 
 
@@ -88,6 +88,6 @@ def test_whole_tensors_are_linked_however_small() -> None:
 def test_models_are_linked_but_for_their_arithmetic(name: str, layout: str, least: float) -> None:
     plan = compile_plan(*find_model(name), Options(layout=layout, link=True))
     assert plan.totals.linked_bytes >= least * plan.totals.write_bytes
-    copied = [a for a in plan.arrays if not linked_bytes(a)]
+    copied = [a for a in plan.arrays if not linked_bytes(a.kind)]
     assert all(part.math for a in copied for part in a.parts if part.source is not None)
     assert plan.totals.peak_memory_bytes <= BUDGET

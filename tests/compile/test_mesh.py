@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from ckptc.cli import render
+from ckptc.cli.render import orbax
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.mesh import Mesh, Spec, partition, read_mesh
 from ckptc.compile.options import Options
@@ -22,6 +22,7 @@ from ckptc.plan.model import Plan
 from ckptc.spec.mapping import load_mapping, shipped
 from ckptc.spec.rules import load_rules
 from ckptc.spec.target import Rules, target_tree
+from plans import altered, with_arrays
 from reference import tree, trees
 
 TREE = target_tree("maxtext")
@@ -136,7 +137,7 @@ def test_shards_are_whole_chunks_within_the_budget(model: str, mesh: str) -> Non
         for size, shards, chunk, unit in zip(a.shape, a.shards, a.chunk, a.unit, strict=True):
             assert shards == 1 or (size % shards == 0 and size // shards % chunk == 0), a.name
             assert unit % chunk == 0 or unit == size, a.name
-    assert any(prod(a.shards) == prod(n for _, n in plan.choices.mesh) for a in plan.arrays)
+    assert any(prod(a.shards) == prod(n for _, n in orbax(plan).mesh) for a in plan.arrays)
 
 
 def test_the_source_is_read_once_for_a_mesh_too() -> None:
@@ -176,14 +177,14 @@ def compile_without_mesh() -> Plan:
         (lambda a: {"spec": (("fsdp",), (), ("fsdp",))}, "each once"),
         (lambda a: {"spec": (("data",), (), ("tensor",))}, "not sharded over axes of the mesh"),
         (lambda a: {"shards": (4, 1, 4)}, "has shards [4, 1, 4], its mesh makes [16, 1, 4]"),
-        (lambda a: {"chunk": (a.chunk[0] * 2, *a.chunk[1:])}, "are not whole chunks"),
+        (lambda a: {"chunk": (a.chunk[0] * 2, *a.chunk[1:]), "stored": ()}, "are not whole chunks"),
     ],
 )
 def test_a_plan_that_contradicts_its_mesh_is_refused(change: Any, reason: str) -> None:
     plan = compiled("llama3.1-8b", "fsdp=16,tensor=4")
-    arrays = [dataclasses.replace(a, **change(a)) if a.name.endswith("wi_0/kernel") else a for a in plan.arrays]
+    arrays = [altered(a, **change(a)) if a.name.endswith("wi_0/kernel") else a for a in plan.arrays]
     with pytest.raises(InputError, match="invalid-plan") as caught:
-        check_plan(dataclasses.replace(plan, arrays=tuple(arrays)), "plan")
+        check_plan(with_arrays(plan, arrays), "plan")
     assert reason in str(caught.value)
 
 

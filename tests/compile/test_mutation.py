@@ -340,10 +340,9 @@ def recipe(plan: Plan, array: PlanArray) -> Any:
 
     sources = [
         (
-            s.dtype,
-            s.shape,
+            s.stored,
             names(s.tensors),
-            s.decode and (s.decode.kind, [names(b.tensors) for b in s.decode.beside]),
+            [names(column) for column in s.beside],
         )
         for s in array.sources
     ]

@@ -29,9 +29,10 @@ from ckptc.ops.codes import Code
 from ckptc.ops.codes.fp8 import Fp8
 from ckptc.ops.codes.mxfp4 import Mxfp4
 from ckptc.ops.nest import restrict_part
-from ckptc.plan import model
-from ckptc.plan.model import Array, Content, Source
+from ckptc.plan.model import Array, Beside, Content, Decode, Operand
 from ckptc.plan.reads import need
+from plans import array as made_array
+from plans import operand
 
 Shape = tuple[int, ...]
 
@@ -43,14 +44,14 @@ class Case(NamedTuple):
     """An array to be scheduled."""
 
     type: TensorType
-    sources: tuple[Source, ...]
+    sources: tuple[Operand, ...]
     parts: Parts
 
     def array(self, budget: int, shards: int = 1) -> Array:
         counts = shard_counts(self.type.shape, shards)
         shape, dtype, parts = self.type.shape, self.type.dtype, tuple(self.parts)
-        chunk, unit = fit(Content(shape, dtype, tuple(s.kind for s in self.sources), parts), counts, budget)
-        return Array(("x",), shape, dtype, chunk, unit, counts, (), "", (), self.sources, parts)
+        chunk, unit = fit(Content(shape, dtype, tuple(s.stored for s in self.sources), parts), counts, budget)
+        return made_array("x", shape, dtype, chunk, unit, self.sources, parts, shards=counts)
 
 
 def after(op: Op, case: Case) -> Case:
@@ -62,20 +63,20 @@ def plain(dtype: str, grid: Shape, *each: int) -> Case:
     type_ = TensorType(tuple(Axis(f"a{i}", n) for i, n in enumerate(each)), dtype)
     count = prod(grid)
     leaf = Leaf(("x",) * count, tuple(Axis(f"t{i}", n) for i, n in enumerate(grid)), type_, Span("", 1, 1, 1))
-    return Case(leaf.type, (Source(dtype, each, tuple(range(count))),), [leaf_part(leaf, 0)])
+    return Case(leaf.type, (operand(dtype, each, range(count)),), [leaf_part(leaf, 0)])
 
 
 def quantised(code: Code, dtype: str, scale: str, grid: Shape, *shape: int) -> Case:
     """The same of weights that are stored as codes."""
     case, count = plain("float32", grid, *shape), prod(grid)
     (scales,) = code.layout(shape).beside
-    beside = model.Beside(scale, scales.shape, tuple(range(count, 2 * count)))
-    decode = model.Decode(code.name, code.settings(), shape, (beside,))
-    return Case(case.type, (Source(dtype, code.stored(shape), tuple(range(count)), decode),), case.parts)
+    decode = Decode(code.name, code.settings(), shape, (Beside(scale, scales.shape),))
+    sources = (operand(dtype, code.stored(shape), range(count), decode, range(count, 2 * count)),)
+    return Case(case.type, sources, case.parts)
 
 
 def case_of(made: Made) -> Case:
-    sources = tuple(Source(t[0].dtype.name, t[0].shape, tuple(range(len(t)))) for t in made.sources)
+    sources = tuple(operand(t[0].dtype.name, t[0].shape, range(len(t))) for t in made.sources)
     return Case(made.type, sources, made.parts)
 
 
@@ -123,7 +124,7 @@ def units(array: Array) -> list[tuple[int, int, int]]:
     out = []
     for box in array.units():
         parts = [p for part in array.parts for p in restrict_part(part, box) if p.source is not None]
-        needs = [need(p, array.sources[p.source or 0]) for p in parts]
+        needs = [need(p, array.sources[p.source or 0].stored) for p in parts]
         out.append((sum(n.read for n in needs), sum(n.memory for n in needs), sum(n.decoded_bytes for n in needs) // 4))
     return out
 
@@ -172,7 +173,7 @@ def test_units_are_whole_chunks(case: Case, budget: int, shards: int) -> None:
 def test_an_account_is_the_sum_and_the_largest_of_the_units(made: Made, budget: int) -> None:
     array = case_of(made).array(budget)
     found = units(array)
-    assert account(array)[:2] == (sum(read for read, _, _ in found), max(held for _, held, _ in found))
+    assert account(array.kind)[:2] == (sum(read for read, _, _ in found), max(held for _, held, _ in found))
 
 
 @every_case
@@ -181,7 +182,7 @@ def test_an_account_of_stacks_too(case: Case, budget: int) -> None:
     """Units along axes of tensors are counted once and multiplied."""
     array = case.array(budget)
     found = units(array)
-    assert account(array)[:2] == (sum(read for read, _, _ in found), max(held for _, held, _ in found))
+    assert account(array.kind)[:2] == (sum(read for read, _, _ in found), max(held for _, held, _ in found))
 
 
 @every_case
@@ -189,14 +190,14 @@ def test_an_account_of_stacks_too(case: Case, budget: int) -> None:
 @pytest.mark.parametrize("shards", [1, 4])
 def test_no_unit_exceeds_the_budget(case: Case, budget: int, shards: int) -> None:
     array = case.array(budget, shards)
-    assert account(array).buffers <= budget
+    assert account(array.kind).buffers <= budget
 
 
 @every_case
 def test_a_larger_budget_is_used(case: Case) -> None:
     """Units take at least a quarter of the budget, where the array is large enough."""
     for budget in (20_000, 100_000):
-        assert account(case.array(budget)).buffers > budget / 4
+        assert account(case.array(budget).kind).buffers > budget / 4
 
 
 @every_case
@@ -204,14 +205,14 @@ def test_a_larger_budget_is_used(case: Case) -> None:
 def test_rows_are_decoded_once(case: Case, budget: int) -> None:
     array = case.array(budget)
     decoded = sum(elements for _, _, elements in units(array))
-    assert decoded == (prod(array.shape) if array.sources[0].decode else 0)
+    assert decoded == (prod(array.shape) if array.sources[0].stored.decode else 0)
 
 
 @every_case
 def test_budgets_hardly_change_what_is_read(case: Case) -> None:
     """But for rows of scales, and rows with gaps, that two units share."""
-    least = account(case.array(1 << 40)).read
-    most = account(case.array(20_000)).read
+    least = account(case.array(1 << 40).kind).read
+    most = account(case.array(20_000).kind).read
     assert most <= least * 1.05
 
 
@@ -240,4 +241,4 @@ def test_a_unit_that_needs_more_than_its_elements_gets_smaller() -> None:
         ((Axis("x", 16), Axis("a0", 64)), (Axis("y", 16),)),
     )
     array = after(mixed, case).array(40_000)
-    assert account(array).buffers <= 40_000
+    assert account(array.kind).buffers <= 40_000

@@ -15,9 +15,10 @@ from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.ops.types import OpError
 from ckptc.plan.check import MAX_LOOPS, MAX_PAIRS, check_plan
 from ckptc.plan.json import MAX_PARTS, dumps, loads
-from ckptc.plan.model import Array, Beside, Decode, Plan, Source, Tensor
-from ckptc.plan.outputs import Exported, Kind, Outputs
+from ckptc.plan.model import Array, Beside, Decode, Kind, Operand, Orbax, Plan, Safetensors, Source, Tensor
 from golden import compile_case, known_cases
+from plans import altered, operand, with_arrays
+from plans import array as made_array
 from reference import GoldenCase
 from roundtrip import converted, export_plan
 
@@ -40,12 +41,12 @@ def plan() -> Plan:
 @pytest.fixture
 def coded(plan: Plan) -> Plan:
     """One array, decoded from fp8 in blocks."""
-    decode = Decode("fp8", (("block", (2, 3)), ("flat", False)), (4, 6), (Beside("float32", (2, 2), (1,)),))
-    source = Source("float8_e4m3fn", (4, 6), (0,), decode)
+    codes = Decode("fp8", (("block", (2, 3)), ("flat", False)), (4, 6), (Beside("float32", (2, 2)),))
+    source = operand("float8_e4m3fn", (4, 6), (0,), codes, (1,))
     axes = (AxisMap(0, (Factor(4, 1, 6),)), AxisMap(0, (Factor(6, 1, 1),)))
-    ones = (1, 1)
-    array = Array(("x",), (4, 6), "float32", (4, 6), (4, 6), ones, (), "rule", (), (source,), (Part(0, 0, 0, axes),))
-    return recounted(replace(plan, arrays=(array,), tensors=(Tensor("w", -1, 0, 24), Tensor("s", -1, 0, 16))))
+    array = made_array("x", (4, 6), "float32", (4, 6), (4, 6), (source,), (Part(0, 0, 0, axes),))
+    tensors = (Tensor("w", -1, 0, 24), Tensor("s", -1, 0, 16))
+    return recounted(with_arrays(replace(plan, tensors=tensors), (array,)))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 )
 def test_links_that_contradict_the_array(change: dict[str, Any], text: str) -> None:
     plan = compile_case(CASES["llama3_1.scan"], link=True)
-    arrays = [replace(a, **change) if a.name.endswith("/embedding") else a for a in plan.arrays]
+    arrays = [altered(a, **change) if a.name.endswith("/embedding") else a for a in plan.arrays]
     assert next(a for a in plan.arrays if a.name.endswith("/embedding")).link == (0, 1)
-    assert text in refusal(replace(plan, arrays=tuple(arrays)))
+    assert text in refusal(with_arrays(plan, arrays))
 
 
 def test_links_too_many_to_look_at() -> None:
@@ -77,8 +78,8 @@ def test_links_too_many_to_look_at() -> None:
     array = next(a for a in plan.arrays if a.name.endswith("/embedding"))
     many, shape = 1 << 22, (1 << 22,)
     part = Part(0, 0, 0, (AxisMap(0, (Factor(many, 1, 0),)),))
-    huge = replace(array, shape=shape, chunk=(1,), unit=(1,), shards=(1,), axes=(), parts=(part,), link=(0,))
-    assert "chunks along its axes" in refusal(recounted(replace(plan, arrays=(huge,))))
+    huge = altered(array, shape=shape, chunk=(1,), unit=(1,), shards=(1,), axes=(), parts=(part,), link=(0,))
+    assert "chunks along its axes" in refusal(recounted(with_arrays(plan, (huge,))))
 
 
 def refusal(plan: Plan) -> str:
@@ -101,7 +102,7 @@ def recounted(plan: Plan) -> Plan:
 def with_array(plan: Plan, change: Callable[[Array], Array], number: int = 0) -> Plan:
     arrays = list(plan.arrays)
     arrays[number] = change(arrays[number])
-    return recounted(replace(plan, arrays=tuple(arrays)))
+    return recounted(with_arrays(plan, arrays))
 
 
 def largest(plan: Plan) -> int:
@@ -110,7 +111,7 @@ def largest(plan: Plan) -> int:
 
 def with_part(plan: Plan, **changes: Any) -> Plan:
     """The first part of the plan's largest array, changed."""
-    return with_array(plan, lambda a: replace(a, parts=(replace(a.parts[0], **changes), *a.parts[1:])), largest(plan))
+    return with_array(plan, lambda a: altered(a, parts=(replace(a.parts[0], **changes), *a.parts[1:])), largest(plan))
 
 
 def axis_changed(plan: Plan, change: Callable[[AxisMap], AxisMap]) -> Plan:
@@ -156,21 +157,21 @@ def test_a_part_that_leaves_its_array_or_its_source_is_refused(name: str, plan: 
 
 
 ARRAYS: dict[str, tuple[Callable[[Array], Array], str]] = {
-    "a chunk above its unit": (lambda a: replace(a, chunk=tuple(n + 1 for n in a.chunk)), "does not fit unit"),
-    "a unit above its array": (lambda a: replace(a, unit=tuple(n + 1 for n in a.shape)), "does not fit unit"),
+    "a chunk above its unit": (lambda a: altered(a, chunk=tuple(n + 1 for n in a.chunk)), "does not fit unit"),
+    "a unit above its array": (lambda a: altered(a, unit=tuple(n + 1 for n in a.shape)), "does not fit unit"),
     "chunks that straddle units": (
-        lambda a: replace(a, unit=(3, *a.shape[1:]), chunk=(2, *a.chunk[1:])),
+        lambda a: altered(a, unit=(3, *a.shape[1:]), chunk=(2, *a.chunk[1:])),
         "does not fit unit",
     ),
-    "a shape of another rank": (lambda a: replace(a, shape=(*a.shape, 1)), "differ in length"),
-    "shards of another rank": (lambda a: replace(a, shards=()), "differ in length"),
-    "axes of another rank": (lambda a: replace(a, axes=("x",) * (len(a.shape) + 1)), "differ in length"),
-    "a huge shape": (lambda a: replace(a, shape=(1 << 51, *a.shape[1:])), "too many elements"),
-    "a dtype there is not": (lambda a: replace(a, dtype="float12"), "float12 is no dtype"),
-    "a dtype that is not stored": (lambda a: replace(a, dtype="int4"), "int4 is no dtype"),
-    "a path that climbs": (lambda a: replace(a, path=("params", "..", "x")), "is not the path of an array"),
-    "a path with a line break": (lambda a: replace(a, path=("params", "a\nb")), "is not the path of an array"),
-    "a part twice": (lambda a: replace(a, parts=a.parts * 2), "do not cover it once"),
+    "a shape of another rank": (lambda a: altered(a, shape=(*a.shape, 1)), "differ in length"),
+    "shards of another rank": (lambda a: altered(a, shards=()), "differ in length"),
+    "axes of another rank": (lambda a: altered(a, axes=("x",) * (len(a.shape) + 1)), "differ in length"),
+    "a huge shape": (lambda a: altered(a, shape=(1 << 51, *a.shape[1:])), "too many elements"),
+    "a dtype there is not": (lambda a: altered(a, dtype="float12"), "float12 is no dtype"),
+    "a dtype that is not stored": (lambda a: altered(a, dtype="int4"), "int4 is no dtype"),
+    "a path that climbs": (lambda a: altered(a, name="params/../x"), "is not the path of an array"),
+    "a path with a line break": (lambda a: altered(a, name="params/a\nb"), "is not the path of an array"),
+    "a part twice": (lambda a: altered(a, parts=a.parts * 2), "do not cover it once"),
 }
 
 
@@ -188,8 +189,8 @@ def constants(*boxes: tuple[tuple[int, int], ...]) -> tuple[Part, ...]:
 
 def of_parts(plan: Plan, shape: tuple[int, ...], parts: tuple[Part, ...]) -> Plan:
     ones = (1,) * len(shape)
-    array = Array(("params", "x"), shape, "float32", ones, shape, ones, (), "rule", (), (), parts)
-    return recounted(replace(plan, arrays=(array,), tensors=()))
+    array = made_array("params/x", shape, "float32", ones, shape, (), parts)
+    return recounted(with_arrays(replace(plan, tensors=()), (array,)))
 
 
 @pytest.mark.parametrize(
@@ -223,11 +224,13 @@ def test_many_parts_are_compared_too(plan: Plan) -> None:
     assert "are one" in refusal(of_parts(plan, (count,), constants(*rows[:-1], rows[0])))
 
 
+def with_file(source: Source, name: str) -> Source:
+    return replace(source, files=(replace(source.files[0], name=name), *source.files[1:]))
+
+
 def test_files_and_tensors_stay_inside_the_checkpoint(plan: Plan) -> None:
     for name in ("../x", "/etc/passwd", "a//b", "a/./b", "..", "a\\b"):
-        assert "is not the name of a file" in refusal(
-            replace(plan, files=(replace(plan.files[0], name=name), *plan.files[1:]))
-        )
+        assert "is not the name of a file" in refusal(replace(plan, sources=(with_file(plan.sources[0], name),)))
     first, *rest = plan.tensors
     assert "in file 99" in refusal(replace(plan, tensors=(replace(first, file=99), *rest)))
     assert "past its file's end" in refusal(replace(plan, tensors=(Tensor(first.name, first.file, 0, 10**12), *rest)))
@@ -245,17 +248,17 @@ def test_totals_are_those_of_the_arrays_and_numbers_have_a_bound(plan: Plan) -> 
 
 def test_more_parts_than_a_mapping_makes_are_refused_before_they_are_read(plan: Plan) -> None:
     body = json.loads(dumps(plan))
-    body["arrays"][0]["parts"] *= MAX_PARTS + 1
+    body["kinds"][0]["parts"] *= MAX_PARTS + 1
     with pytest.raises(InputError, match=f"more than {MAX_PARTS} parts"):
         loads(json.dumps(body))
 
 
 def test_paths_are_sorted_and_none_lies_inside_another(plan: Plan) -> None:
-    assert "in the order of their paths" in refusal(replace(plan, arrays=plan.arrays[::-1]))
-    assert "in the order of their paths" in refusal(recounted(replace(plan, arrays=(plan.arrays[0], *plan.arrays))))
+    assert "in the order of their paths" in refusal(replace(plan, outputs=plan.outputs[::-1]))
+    assert "have one name" in refusal(recounted(with_arrays(plan, (plan.arrays[0], *plan.arrays))))
     first = plan.arrays[0]
-    inside = replace(first, path=(*first.path, "more"))
-    assert "holds others" in refusal(recounted(replace(plan, arrays=(first, inside, *plan.arrays[1:]))))
+    inside = altered(first, name=f"{first.name}/more")
+    assert "holds others" in refusal(recounted(with_arrays(plan, (first, inside, *plan.arrays[1:]))))
 
 
 @pytest.mark.parametrize(
@@ -270,109 +273,112 @@ def test_paths_are_sorted_and_none_lies_inside_another(plan: Plan) -> None:
         (lambda d: replace(d, code="mxfp4", settings=(("groups", False),)), "mxfp4 of [4, 6] is no"),
         (lambda d: replace(d, shape=(6, 4)), "is no float8_e4m3fn[4, 6]"),
         (lambda d: replace(d, beside=()), "tensors beside its codes, not 0"),
-        (lambda d: replace(d, beside=(replace(d.beside[0], tensors=(1, 1)),)), "differ in number"),
         (lambda d: replace(d, beside=(replace(d.beside[0], dtype="int32"),)), "found int32"),
     ],
 )
 def test_codes_and_scales_fit_each_other(change: Callable[[Decode], Decode], expected: str, coded: Plan) -> None:
     check_plan(coded, "plan.json")
 
-    def changed(source: Source) -> Source:
-        assert source.decode
-        return replace(source, decode=change(source.decode))
+    def changed(source: Operand) -> Operand:
+        assert source.stored.decode
+        return replace(source, stored=replace(source.stored, decode=change(source.stored.decode)))
 
-    assert expected in refusal(with_array(coded, lambda a: replace(a, sources=tuple(map(changed, a.sources)))))
+    assert expected in refusal(with_array(coded, lambda a: altered(a, sources=tuple(map(changed, a.sources)))))
+
+
+def test_an_output_names_the_tensors_that_its_kind_reads(coded: Plan) -> None:
+    (output,) = coded.outputs
+    for tensors in ((0,), (0, 1, 1), ()):
+        assert "does not name the tensors" in refusal(replace(coded, outputs=(replace(output, tensors=tensors),)))
+    assert "not there" in refusal(replace(coded, outputs=(replace(output, tensors=(0, 2)),)))
+    assert "there are 1" in refusal(replace(coded, outputs=(replace(output, kind=1),)))
+    assert "reads element" in refusal(replace(coded, outputs=(replace(output, begins=(1,)),)))
+    assert "there are 1" in refusal(replace(coded, tensors=tuple(replace(t, source=1) for t in coded.tensors)))
+    chunked = replace(coded, sources=(replace(coded.sources[0], format="orbax"),))
+    assert "is not stored as" in refusal(chunked)
 
 
 def test_an_export_that_the_compiler_writes_passes(export: Plan) -> None:
     check_plan(export, "plan.json")
-    assert export.outputs is not None and export.outputs.files
+    assert layout(export).files
 
 
-def with_outputs(plan: Plan, **changes: Any) -> Plan:
-    assert plan.outputs is not None
-    return replace(plan, outputs=replace(plan.outputs, **changes))
+def layout(plan: Plan) -> Safetensors:
+    assert isinstance(plan.layout, Safetensors)
+    return plan.layout
 
 
-def of(plan: Plan) -> Outputs:
-    assert plan.outputs is not None
-    return plan.outputs
+def with_layout(plan: Plan, **changes: Any) -> Plan:
+    return replace(plan, layout=replace(layout(plan), **changes))
+
+
+def with_files(plan: Plan, **changes: Callable[[Any], Any]) -> Plan:
+    """The plan with other values of each file."""
+    files = layout(plan).files
+    return with_layout(
+        plan, files=tuple(replace(f, **{k: c(getattr(f, k)) for k, c in changes.items()}) for f in files)
+    )
 
 
 def with_kinds(plan: Plan, change: Callable[[Kind], Kind]) -> Plan:
-    return with_outputs(plan, kinds=tuple(map(change, of(plan).kinds)))
+    return replace(plan, kinds=tuple(map(change, plan.kinds)))
 
 
-def with_tensor(plan: Plan, *places: int, kind: int | None = None) -> Plan:
-    """The plan with other places of its first tensor."""
-    first, *others = of(plan).tensors
-    changed = Exported(first.name, first.kind if kind is None else kind, places or first.places)
-    return with_outputs(plan, tensors=(changed, *others))
+def with_tensor(plan: Plan, tensor: int, begin: int) -> Plan:
+    """The plan with another place of its first output."""
+    first, *others = plan.outputs
+    return replace(plan, batches=(), outputs=(replace(first, tensors=(tensor,), begins=(begin,)), *others))
 
 
 def first_array(plan: Plan) -> int:
-    return of(plan).tensors[0].arrays[0]
+    return plan.outputs[0].tensors[0]
 
 
 def other_array(plan: Plan) -> int:
-    """A stored array of another size than the first tensor's."""
+    """A stored array of another size than the first output's."""
     size = plan.tensors[first_array(plan)].end
     return next(n for n, t in enumerate(plan.tensors) if t.end != size)
 
 
+def companion(plan: Plan, name: str) -> Plan:
+    return with_layout(plan, companions=(replace(plan.sources[0].files[0], name=name),))
+
+
 EXPORTS: dict[str, tuple[Callable[[Plan], Plan], str]] = {
-    "no outputs": (lambda p: replace(p, outputs=None), "has no outputs"),
-    "outputs of an import": (lambda p: replace(p, made=replace(p.made, kind="import")), "outputs of one"),
-    "a header of another length": (
-        lambda p: with_outputs(p, files=tuple(replace(f, header=f.header + 8) for f in of(p).files)),
-        "bytes, not",
-    ),
-    "a file of another size": (
-        lambda p: with_outputs(p, files=tuple(replace(f, size=f.size + 1) for f in of(p).files)),
-        "bytes, not",
-    ),
-    "a file of fewer tensors": (
-        lambda p: with_outputs(p, files=tuple(replace(f, count=f.count - 1) for f in of(p).files)),
-        "do not hold every tensor",
-    ),
-    "weights in place of the config": (
-        lambda p: with_outputs(p, files=tuple(replace(f, name="config.json") for f in of(p).files)),
-        "cannot write a file `config.json`",
-    ),
-    "a companion that climbs": (
-        lambda p: with_outputs(p, companions=(replace(p.files[0], name=".."),)),
-        "cannot write a file `..`",
-    ),
-    "a companion of weights": (
-        lambda p: with_outputs(p, companions=(replace(p.files[0], name="more.safetensors"),)),
-        "it copies weights",
-    ),
-    "batches of unlike tensors": (
-        lambda p: with_outputs(p, batches=(tuple(range(len(of(p).tensors))),)),
-        "are not alike",
-    ),
+    "of another layout": (lambda p: replace(p, layout=Orbax()), "shape differ in length"),
+    "a header of another length": (lambda p: with_files(p, header=lambda n: n + 8), "bytes, not"),
+    "a file of another size": (lambda p: with_files(p, size=lambda n: n + 1), "bytes, not"),
+    "a file of fewer tensors": (lambda p: with_files(p, count=lambda n: n - 1), "its files hold"),
+    "weights in place of the config": (lambda p: with_files(p, name=lambda n: "config.json"), "a file `config.json`"),
+    "a companion that climbs": (lambda p: companion(p, ".."), "cannot write a file `..`"),
+    "a companion of weights": (lambda p: companion(p, "more.safetensors"), "it copies weights"),
+    "batches of unlike tensors": (lambda p: replace(p, batches=(tuple(range(len(p.outputs))),)), "are not alike"),
     "a tensor in two batches": (
-        lambda p: with_outputs(p, batches=(*of(p).batches, of(p).batches[0])),
-        "do not make every tensor once",
+        lambda p: replace(p, batches=(*p.batches, p.batches[0])),
+        "do not make every output once",
     ),
     "chunks of another rank": (
         lambda p: with_kinds(p, lambda k: replace(k, sources=tuple(replace(s, chunk=()) for s in k.sources))),
         "are not of an array",
     ),
     "a tensor twice": (
-        lambda p: with_outputs(p, tensors=of(p).tensors[:-1] + of(p).tensors[:1]),
-        "two tensors have one name",
+        lambda p: replace(p, outputs=p.outputs[:-1] + p.outputs[:1]),
+        "two outputs have one name",
     ),
     "a dtype that safetensors has not": (
-        lambda p: with_kinds(p, lambda k: replace(k, dtype="float8_e8m0fnu")),
+        lambda p: with_kinds(p, lambda k: replace(k, dtype="float8_e4m3fnuz")),
         "has no float8",
     ),
-    "a constant": (
-        lambda p: with_kinds(p, lambda k: replace(k, parts=tuple(replace(q, source=None) for q in k.parts))),
-        "has no source",
+    "a range of a file": (
+        lambda p: replace(p, tensors=tuple(replace(t, file=0) for t in p.tensors)),
+        "no range of a file",
     ),
     "a tensor past its array's end": (lambda p: with_tensor(p, first_array(p), 1 << 40), "reads element"),
     "an array of another size": (lambda p: with_tensor(p, other_array(p), 0), "bytes, `"),
+    "a twin of nothing": (
+        lambda p: replace(p, twins=(replace(p.outputs[0], name="other"),)),
+        "no such output as the twin",
+    ),
 }
 
 

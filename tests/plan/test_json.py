@@ -16,13 +16,29 @@ from msgspec.structs import replace
 from ckptc.diagnostics import InputError
 from ckptc.ops.nest import AxisMap, Factor, Part
 from ckptc.plan.json import digest, dumps, loads
-from ckptc.plan.model import FORMAT, Array, Beside, Choices, Decode, File, LeftOut, Made, Plan, Source, Tensor, Totals
-from ckptc.spec.resources import schema
+from ckptc.plan.model import (
+    FORMAT,
+    Beside,
+    Choices,
+    Decode,
+    File,
+    LeftOut,
+    Made,
+    Orbax,
+    Plan,
+    Source,
+    Tensor,
+    Totals,
+    tabulated,
+)
+from ckptc.plan.schema import schema
+from ckptc.spec.resources import schema as shipped
+from plans import altered, array, operand, with_arrays
 
 SHA = "sha256:" + "0123456789abcdef" * 4
 
 # One of everything a plan can hold: stacked tensors with arithmetic, a constant, codes with scales; names beyond ASCII.
-DIMS = (("embed", 6), ("rate", 0.5), ("kind", "größe"), ("on", True))
+DIMS: dict[str, int | float | str | bool | list[Any]] = {"embed": 6, "rate": 0.5, "kind": "größe", "on": True}
 STACKED = Part(
     source=0,
     base=1,
@@ -33,56 +49,63 @@ STACKED = Part(
 DECODED = Part(0, 0, 0, (AxisMap(0, (Factor(4, 1, 1),)),))
 CONSTANT = Part(None, 0, 0, (AxisMap(4, (Factor(2, 1, 0),)),), (("add", 1.0),), 0.25)
 SETTINGS = (("block", (2, 2)), ("flat", False), ("word", "größe"), ("number", 3))
-CODES = Decode(code="fp8", settings=SETTINGS, shape=(6,), beside=(Beside("float32", (4,), (3,)),))
+CODES = Decode(code="fp8", settings=SETTINGS, shape=(6,), beside=(Beside("float32", (4,)),))
+ARRAYS = (
+    array(
+        "params/params/a",
+        (2, 6),
+        "bfloat16",
+        (1, 6),
+        (2, 6),
+        (operand("bfloat16", (2, 3), (0, 1)),),
+        (STACKED,),
+        shards=(2, 1),
+        axes=("layers", None),
+        rule="blocks: a",
+        ops=("a -> a", "scale 0.1"),
+    ),
+    array(
+        "params/params/b",
+        (6,),
+        "float32",
+        (6,),
+        (6,),
+        (operand("float8_e4m3fn", (6,), (2,), CODES, (3,)),),
+        (DECODED, CONSTANT),
+        rule="b",
+    ),
+)
+KINDS, OUTPUTS = tabulated(ARRAYS)
+FILES = (File("model-00001-of-00002.safetensors", 4096, SHA), File("sub/zweite.safetensors", 2048, SHA))
 PLAN = Plan(
-    made=Made("0.1.0", "tiny", "tinies", "none/tiny", SHA, SHA),
-    choices=Choices("scanned", "bfloat16", False, 16, 1 << 28, "hub", DIMS),
-    files=(File("model-00001-of-00002.safetensors", 4096, SHA), File("sub/zweite.safetensors", 2048, SHA)),
+    made=Made("0.1.0", "tiny", "tinies", "none/tiny", SHA),
+    choices=Choices("scanned", "bfloat16", False, 1 << 28, "hub", DIMS, 16),
+    totals=Totals(2, 4, 18, 88, 48, 112),
+    sources=(Source("safetensors", FILES, SHA),),
+    layout=Orbax(),
+    left_out=(LeftOut("*.inv_freq", "MaxText computes them", 2, 64),),
+    kinds=KINDS,
+    outputs=OUTPUTS,
     tensors=(
         Tensor("a.0", 0, 100, 124),
         Tensor("a.1", 1, 100, 124),
         Tensor("q", 1, 124, 148),
         Tensor("größe", 1, 148, 164),
     ),
-    arrays=(
-        Array(
-            path=("params", "params", "a"),
-            shape=(2, 6),
-            dtype="bfloat16",
-            chunk=(1, 6),
-            unit=(2, 6),
-            shards=(2, 1),
-            axes=("layers", None),
-            rule="blocks: a",
-            ops=("a -> a", "scale 0.1"),
-            sources=(Source("bfloat16", (2, 3), (0, 1)),),
-            parts=(STACKED,),
-        ),
-        Array(
-            path=("params", "params", "b"),
-            shape=(6,),
-            dtype="float32",
-            chunk=(6,),
-            unit=(6,),
-            shards=(1,),
-            axes=(),
-            rule="b",
-            ops=(),
-            sources=(Source("float8_e4m3fn", (6,), (2,), CODES),),
-            parts=(DECODED, CONSTANT),
-        ),
-    ),
-    left_out=(LeftOut("*.inv_freq", "MaxText computes them", 2, 64),),
-    totals=Totals(2, 4, 18, 88, 48, 112),
 )
 BODY = json.loads(dumps(PLAN))
 
 
 def signed(body: Any) -> str:
-    """The text of a body with a digest that fits, as an edit by someone who knows how."""
-    if isinstance(body, dict) and "digest" in body:
-        body = {**body, "digest": digest(body)}
-    return json.dumps(body, ensure_ascii=False)
+    """The text of a body with a digest that fits, as an edit by someone who knows how, if what it says has one."""
+    text = json.dumps(body, ensure_ascii=False)
+    try:
+        loads(text)
+    except InputError as error:
+        (found,) = error.diagnostics
+        if found.code == "edited-plan":
+            return json.dumps({**body, "digest": found.notes[0].removeprefix("expected: ")}, ensure_ascii=False)
+    return text
 
 
 def changed(change: Callable[[Any], Any]) -> Any:
@@ -111,19 +134,25 @@ def test_a_plan_read_back_is_written_the_same() -> None:
 
 
 def test_the_schema_describes_what_is_written() -> None:
-    assert [e.message for e in Draft7Validator(schema("plan")).iter_errors(BODY)] == []
+    assert [e.message for e in Draft7Validator(schema()).iter_errors(BODY)] == []
+
+
+def test_the_shipped_schema_is_that_of_the_records() -> None:
+    """`python tools/plan_schema.py` writes it."""
+    assert schema() == shipped("plan")
 
 
 def test_each_array_and_tensor_has_a_line_of_its_own() -> None:
     lines = dumps(PLAN).splitlines()
-    for array in PLAN.arrays:
-        assert sum(f'"path":"{array.name}"' in line for line in lines) == 1
+    for output in PLAN.outputs:
+        assert sum(line.startswith(f'  ["{output.name}",') for line in lines) == 1
     for tensor in PLAN.tensors:
         assert sum(line.startswith(f'  ["{tensor.name}",') for line in lines) == 1
 
 
 def test_what_programs_read_is_where_the_documentation_says() -> None:
-    assert [(a["path"], a["shape"], a["dtype"]) for a in BODY["arrays"]] == [
+    kinds = BODY["kinds"]
+    assert [(name, kinds[kind]["shape"], kinds[kind]["dtype"]) for name, kind, *_ in BODY["outputs"]] == [
         ("params/params/a", [2, 6], "bfloat16"),
         ("params/params/b", [6], "float32"),
     ]
@@ -140,7 +169,8 @@ def test_what_programs_read_is_where_the_documentation_says() -> None:
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 COUNTS = st.integers(0, 1 << 62)
-FACTORS = st.builds(Factor, COUNTS, COUNTS, COUNTS, COUNTS)
+SIZES = st.integers(1, 1 << 62)
+FACTORS = st.builds(Factor, SIZES, SIZES, COUNTS, COUNTS)
 STEPS = st.one_of(st.tuples(st.sampled_from(["scale", "add"]), FLOATS), st.tuples(st.just("cast"), st.just("float32")))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: "/" not in s)
 AXES = st.lists(st.builds(AxisMap, COUNTS, st.lists(FACTORS, max_size=3).map(tuple)), max_size=4).map(tuple)
@@ -158,8 +188,9 @@ PARTS = st.one_of(
     parts=st.lists(PARTS, min_size=1),
 )
 def test_any_names_and_parts_read_back(path: list[str], rule: str, parts: list[Part]) -> None:
-    array = replace(PLAN.arrays[0], path=tuple(path), rule=rule, ops=(rule,), parts=tuple(parts))
-    plan = replace(PLAN, arrays=(array,))
+    plan = with_arrays(
+        PLAN, (altered(PLAN.arrays[0], name="/".join(path), rule=rule, ops=(rule,), parts=tuple(parts)),)
+    )
     assert loads(dumps(plan)) == plan
 
 
@@ -176,10 +207,14 @@ def test_an_edited_plan_is_refused(old: str) -> None:
     assert codes(text.replace(old, EDITS[old])) == {"edited-plan"}
 
 
-@pytest.mark.parametrize("field", sorted(set(BODY) - {"digest", "format"}))
-def test_every_field_is_under_the_digest(field: str) -> None:
-    body = changed(lambda b: b.pop(field))
-    assert digest(body) != digest(BODY)
+@pytest.mark.parametrize("change", [{"notes": ("x",)}, {"left_out": ()}, {"tensors": PLAN.tensors[::-1]}], ids=str)
+def test_every_field_is_under_the_digest(change: dict[str, Any]) -> None:
+    assert digest(replace(PLAN, **change)) != digest(PLAN) == BODY["digest"]
+
+
+def test_what_has_no_default_is_not_left_out() -> None:
+    """Or two plans would have one digest."""
+    assert digest(replace(PLAN, padding=())) == digest(PLAN) != digest(replace(PLAN, batches=((0,), (1,))))
 
 
 def test_spaces_and_line_breaks_are_not_under_the_digest() -> None:
@@ -209,12 +244,14 @@ def test_what_is_no_plan_at_all_is_refused(text: str | bytes) -> None:
         ["made"],
         ["choices"],
         ["totals"],
-        ["files", 0],
-        ["arrays", 0],
-        ["arrays", 1, "sources", 0],
-        ["arrays", 1, "sources", 0, "decode"],
-        ["arrays", 1, "sources", 0, "decode", "beside", 0],
-        ["arrays", 0, "parts", 0],
+        ["sources", 0],
+        ["sources", 0, "files", 0],
+        ["layout"],
+        ["kinds", 0],
+        ["kinds", 1, "sources", 0],
+        ["kinds", 1, "sources", 0, "decode"],
+        ["kinds", 1, "sources", 0, "decode", "beside", 0],
+        ["kinds", 0, "parts", 0],
         ["left_out", 0],
     ],
     ids=str,
@@ -228,7 +265,7 @@ def test_an_unknown_key_is_refused(where: list[Any]) -> None:
     assert codes(signed(changed(add))) == {"invalid-plan"}
 
 
-@pytest.mark.parametrize("key", sorted(set(BODY) - {"format", "arrays"}))
+@pytest.mark.parametrize("key", sorted(set(BODY) - {"format", "made"}))
 def test_a_missing_key_is_refused(key: str) -> None:
     assert codes(json.dumps(changed(lambda b: b.pop(key)))) == {"invalid-plan"}
 
@@ -241,10 +278,11 @@ def test_a_number_that_json_has_not_is_refused(number: str, old: str) -> None:
     assert codes(text.replace(old, f":{number}," if old == ":88," else number)) == {"invalid-plan"}
 
 
-@pytest.mark.parametrize("old", ['"made":', '"format":', '"model":', '"path":', '"size":'])
-def test_a_key_given_twice_is_refused(old: str) -> None:
-    text = dumps(PLAN)
-    assert codes(text.replace(old, f"{old} 1, {old}", 1)) == {"invalid-plan"}
+@pytest.mark.parametrize(
+    ("old", "new"), [('"model":"tiny"', '"model":"tiny","model":"other"'), ('"size":4096', '"size":4096,"size":1')]
+)
+def test_of_a_key_given_twice_the_last_counts_and_the_digest_is_of_that(old: str, new: str) -> None:
+    assert codes(dumps(PLAN).replace(old, new, 1)) == {"edited-plan"}
 
 
 def test_half_of_a_surrogate_pair_is_refused() -> None:
@@ -262,7 +300,7 @@ def test_a_nest_without_end_is_refused(depth: int) -> None:
 ROWS: dict[str, Any] = {
     "not a list": {"name": "a.0"},
     "too short": ["a.0", 0, 100],
-    "too long": ["a.0", 0, 100, 124, 0],
+    "too long": ["a.0", 0, 100, 124, 0, 0],
     "a number as the name": [7, 0, 100, 124],
     "text as an offset": ["a.0", 0, "100", 124],
     "a fraction": ["a.0", 0, 100.5, 124],
@@ -270,7 +308,6 @@ ROWS: dict[str, Any] = {
     "null": ["a.0", None, 100, 124],
     "a file before the first": ["a.0", -2, 100, 124],
     "a negative offset": ["a.0", 0, -1, 124],
-    "an end before the beginning": ["a.0", 0, 125, 124],
 }
 
 
@@ -280,21 +317,7 @@ def test_a_malformed_row_of_tensors_is_refused(row: Any, position: int) -> None:
     assert codes(signed(changed(lambda b: b["tensors"].__setitem__(position, row)))) == {"invalid-plan"}
 
 
-def test_a_tensor_that_is_not_there_is_refused() -> None:
-    def beyond(body: Any) -> None:
-        body["arrays"][0]["sources"][0]["tensors"][1] = len(body["tensors"])
-
-    assert codes(signed(changed(beyond))) == {"invalid-plan"}
-
-
-def test_a_tensor_of_scales_that_is_not_there_is_refused() -> None:
-    def beyond(body: Any) -> None:
-        body["arrays"][1]["sources"][0]["decode"]["beside"][0]["tensors"][0] = len(body["tensors"])
-
-    assert codes(signed(changed(beyond))) == {"invalid-plan"}
-
-
-# -- the quick checks of the long tables say what the schema says --------------------------------------------
+# -- the schema says the same ---------------------------------------------------------------------------------
 
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 9), st.just(0.5), st.sampled_from(["", "a", "a/b", "/a", "a//b", "a/"]),
@@ -307,7 +330,9 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(place for key, x in inner for place in places(x, (*at, key)))]
 
 
-TABLES = [place for place in places(BODY) if place[:1] in (("tensors",), ("arrays",))]
+TABLES = [
+    place for place in places(BODY) if place[:1] in (("tensors",), ("kinds",), ("outputs",), ("layout",), ("sources",))
+]
 
 
 @settings(max_examples=400, deadline=None)
@@ -323,20 +348,10 @@ def test_tables_are_refused_where_the_schema_refuses_them(place: tuple[Any, ...]
         del holder[place[-1]]
     elif isinstance(holder, list):
         holder.append(junk)
-    by_schema = Draft7Validator(schema("plan")).is_valid(body)
+    by_schema = Draft7Validator(schema()).is_valid(body)
     try:
         loads(signed(body))
         accepted = True
     except InputError:
         accepted = False
-    assert accepted == (by_schema and consistent(body))
-
-
-def consistent(body: Any) -> bool:
-    """What a schema cannot say: offsets are in order, and what is named is there."""
-    count = len(body["tensors"])
-    sources = [s for a in body["arrays"] for s in a["sources"]]
-    named = [s["tensors"] for s in sources] + [
-        b["tensors"] for s in sources if "decode" in s for b in s["decode"]["beside"]
-    ]
-    return all(row[2] <= row[3] for row in body["tensors"]) and all(n < count for numbers in named for n in numbers)
+    assert accepted == by_schema

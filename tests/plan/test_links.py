@@ -13,17 +13,17 @@ from msgspec.structs import replace
 
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.plan.links import links, made
-from ckptc.plan.model import Array, Beside, Decode, Source
+from ckptc.plan.model import Array, Beside, Decode, Operand
+from plans import altered, operand
+from plans import array as made_array
 
 Values = np.ndarray[Any, Any]
 
 
 def array(
-    shape: tuple[int, ...], chunk: tuple[int, ...], order: tuple[int, ...] | None, *parts: Part, source: Source
+    shape: tuple[int, ...], chunk: tuple[int, ...], order: tuple[int, ...] | None, *parts: Part, source: Operand
 ) -> Array:
-    return Array(
-        ("a",), shape, "bfloat16", chunk, chunk, (1,) * len(shape), (), "a", (), (source,), tuple(parts), link=order
-    )
+    return made_array("a", shape, "bfloat16", chunk, chunk, (source,), parts, link=order)
 
 
 def evaluate(made: Array) -> Values:
@@ -44,7 +44,7 @@ def evaluate(made: Array) -> Values:
 
 def assert_links(a: Array, cells: list[int]) -> None:
     """The linked cells are these, each is a run of numbers in the stored order, and the others are what is made."""
-    found, values = links(a), evaluate(a)
+    found, values = links(a.kind), evaluate(a)
     assert sorted(found.cells.tolist()) == cells
     grid = [-(-n // c) for n, c in zip(a.shape, a.chunk, strict=True)]
     boxes = {
@@ -54,11 +54,11 @@ def assert_links(a: Array, cells: list[int]) -> None:
     for cell, tensor, element in zip(found.cells, found.tensors, found.elements, strict=True):
         chunk = values[boxes[cell]].transpose(a.link or ()).ravel()
         assert chunk.tolist() == list(range(tensor * 1000 + element, tensor * 1000 + element + chunk.size))
-    others = [values[tuple(slice(*x) for x in box)].tolist() for box in made(a)]
+    others = [values[tuple(slice(*x) for x in box)].tolist() for box in made(a.kind)]
     assert others == [values[box].tolist() for cell, box in boxes.items() if cell not in cells]
 
 
-STACK = Source("bfloat16", (6, 4), (0, 1, 2))  # three tensors [6, 4]
+STACK = operand("bfloat16", (6, 4), (0, 1, 2))  # three tensors [6, 4]
 TURNED = Part(0, 0, 0, (whole(4, 1), whole(3, 0, 1), whole(6, 4)))  # [4, 3, 6]: transposed and stacked
 
 
@@ -81,21 +81,22 @@ def test_a_chunk_may_be_some_rows_of_a_tensor() -> None:
 )
 def test_nothing_else_is_a_chunk(chunk: tuple[int, ...], order: tuple[int, ...] | None, why: str) -> None:
     a = array((4, 3, 6), chunk, order, TURNED, source=STACK)
-    assert links(a).cells.size == 0, why
+    assert links(a.kind).cells.size == 0, why
 
 
 def test_arithmetic_other_dtypes_and_codes_are_not_linked() -> None:
     a = array((4, 3, 6), (4, 1, 6), (1, 2, 0), TURNED, source=STACK)
-    assert links(replace(a, parts=(replace(TURNED, math=(("scale", 2.0),)),))).cells.size == 0
-    assert links(replace(a, dtype="float16")).cells.size == 0
-    coded = replace(
-        STACK,
-        decode=Decode(
-            "fp8", (("block", (2, 2)), ("flat", False)), STACK.shape, (Beside("float32", (3, 2), (3, 4, 5)),)
-        ),
+    assert links(altered(a, parts=(replace(TURNED, math=(("scale", 2.0),)),)).kind).cells.size == 0
+    assert links(altered(a, dtype="float16").kind).cells.size == 0
+    coded = operand(
+        "bfloat16",
+        (6, 4),
+        (0, 1, 2),
+        Decode("fp8", (("block", (2, 2)), ("flat", False)), (6, 4), (Beside("float32", (3, 2)),)),
+        (3, 4, 5),
     )
-    assert links(replace(a, sources=(coded,))).cells.size == 0
-    assert links(replace(a, parts=(replace(TURNED, math=(("cast", "bfloat16"),)),))).cells.size == 3
+    assert links(altered(a, sources=(coded,)).kind).cells.size == 0
+    assert links(altered(a, parts=(replace(TURNED, math=(("cast", "bfloat16"),)),)).kind).cells.size == 3
 
 
 def test_padding_and_chunks_that_reach_past_the_edge_are_made() -> None:
@@ -124,5 +125,5 @@ def test_heads_may_be_cut_out_of_rows() -> None:
 
 
 def test_a_number_without_axes_is_linked() -> None:
-    scalar = Source("bfloat16", (), (0,))
+    scalar = operand("bfloat16", (), (0,))
     assert_links(array((), (), (), Part(0, 0, 0, ()), source=scalar), [0])

@@ -15,7 +15,7 @@ from tests.ops.strategies import boxes, chains
 from ckptc.ops.codes import RowLayout
 from ckptc.ops.codes.fp8 import Fp8
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part, whole
-from ckptc.plan.model import Beside, Decode, Source
+from ckptc.plan.model import Beside, Decode, Stored
 from ckptc.plan.reads import (
     GAP,
     WASTE,
@@ -217,7 +217,7 @@ def test_runs_of_scales_hold_all_and_waste_little(numbers: list[int]) -> None:
 
 def test_a_plain_part_needs_what_it_reads() -> None:
     part = Part(0, 0, 0, (whole(2, 0, 1), whole(3, 5), whole(5, 1)))
-    found = need(part, Source("bfloat16", (3, 5), (4, 9)))
+    found = need(part, Stored("bfloat16", (3, 5), 2))
     assert (found.tensors, found.read, found.memory) == ([0, 1], 2 * 15 * 2, aligned(60))
     assert aligned(60) == 64
 
@@ -225,9 +225,9 @@ def test_a_plain_part_needs_what_it_reads() -> None:
 def test_a_decoded_part_needs_codes_scales_and_rows() -> None:
     """Three of eight rows, in the second and third of four blocks of rows, of each of two tensors."""
     part = Part(0, 3 * 10, 0, (whole(2, 0, 1), whole(3, 10), whole(4, 1)))
-    scales = Beside("float32", (4, 3), (2, 3))
+    scales = Beside("float32", (4, 3))
     decode = Decode("fp8", (("block", (2, 4)), ("flat", False)), (8, 10), (scales,))
-    found = need(part, Source("float8_e4m3fn", (8, 10), (0, 1), decode))
+    found = need(part, Stored("float8_e4m3fn", (8, 10), 2, decode=decode))
     assert found.values.runs() == [(30, 30)]
     assert [b.runs for b in found.beside] == [[(3, 6)]], "the second and third row of scales, of three each"
     assert found.beside[0].places.tolist() == [0, 1, 1]
@@ -236,15 +236,15 @@ def test_a_decoded_part_needs_codes_scales_and_rows() -> None:
 
 
 def test_mxfp4_codes_are_half_a_byte() -> None:
-    decode = Decode("mxfp4", (("groups", False),), (4, 64), (Beside("uint8", (4, 2), (1,)),))
-    found = need(Part(0, 0, 0, (whole(4, 64), whole(64, 1))), Source("uint8", (4, 32), (0,), decode))
+    decode = Decode("mxfp4", (("groups", False),), (4, 64), (Beside("uint8", (4, 2)),))
+    found = need(Part(0, 0, 0, (whole(4, 64), whole(64, 1))), Stored("uint8", (4, 32), decode=decode))
     assert (found.value_bytes, found.beside[0].bytes, found.decoded_bytes) == (4 * 32, 8, 4 * 64 * 4)
 
 
 def test_what_all_rows_share_is_needed_once() -> None:
     """The scale of all of an nvfp4 weight, however few of its rows are needed."""
-    beside = (Beside("float8_e4m3fn", (6, 2), (1,)), Beside("float32", (1,), (2,)))
+    beside = (Beside("float8_e4m3fn", (6, 2)), Beside("float32", (1,)))
     decode = Decode("nvfp4", (("divides", True),), (6, 32), beside)
-    found = need(Part(0, 2 * 32, 0, (whole(2, 3 * 32), whole(32, 1))), Source("uint8", (6, 16), (0,), decode))
+    found = need(Part(0, 2 * 32, 0, (whole(2, 3 * 32), whole(32, 1))), Stored("uint8", (6, 16), decode=decode))
     assert [b.runs for b in found.beside] == [[(4, 8)], [(0, 1)]]
     assert [b.places.tolist() for b in found.beside] == [[0, 3], [0, 0]]

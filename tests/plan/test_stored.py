@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptc.plan.model import Array
 from ckptc.plan.stored import ALIGN, _places, axis_order
+from plans import array as made_array
 
 
 @st.composite
@@ -35,7 +35,7 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[in
 def test_pieces_at_their_places_are_the_chunks(layout: tuple[tuple[int, ...], ...]) -> None:
     shape, stored, piece = layout
     values = np.arange(1, prod(shape) + 1, dtype=np.int32).reshape(shape)
-    array = Array(("w",), shape, "int32", piece, shape, (1,) * len(shape), (), "", (), (), (), stored=stored)
+    array = made_array("w", shape, "int32", piece, shape, (), (), stored=stored)
     found, order = _places(array, ALIGN), axis_order(piece, stored) or tuple(range(len(shape)))
     file = np.zeros(found.end, dtype=np.uint8)
     for corner in product(*(range(0, n, p) for n, p in zip(shape, piece, strict=True))):

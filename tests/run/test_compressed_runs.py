@@ -99,7 +99,7 @@ def test_other_compressions_are_a_usage_error(text: str, capsys: Any) -> None:
 def test_the_plan_accounts_for_encoded_chunks() -> None:
     plain, compressed = compile_case(CASE), compile_case(CASE, compression="blosc-lz4")
     assert compressed.totals.peak_memory_bytes > plain.totals.peak_memory_bytes
-    assert "compression" not in json.loads(dumps(plain))["choices"]
+    assert "compression" not in json.loads(dumps(plain))["layout"]
     for memory in (1 << 14, 1 << 16):
         peak = compile_case(CASE, memory=memory, compression="blosc-lz4").totals.peak_memory_bytes
         assert peak <= 3 * memory // 8  # an eighth each: what is read, two chunks, one of them encoded

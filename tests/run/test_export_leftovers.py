@@ -18,7 +18,7 @@ from ckptc.compile.export import compile_export
 from ckptc.compile.reading import ExportOptions
 from ckptc.plan.check import check_plan
 from ckptc.plan.json import dumps, loads
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Plan, Safetensors
 from ckptc.run.export import ExportReport, export
 from ckptc.spec.mapping import find_model, load_mapping
 from ckptc.storage.checkpoint.companions import open_original
@@ -112,7 +112,7 @@ def test_a_tensor_whose_two_arrays_differ_is_said_to_be(tmp_path: Path, original
         arrays["embedding"][2, 3] = 100
 
     plan, report = exported(tmp_path, original, changed)
-    assert plan.outputs is not None and [t.name for t in plan.outputs.twins] == ["embed.weight"]
+    assert [t.name for t in plan.twins] == ["embed.weight"]
     (warning,) = report.warnings
     assert "other values: embed.weight" in warning and "token_embedder/embedding" in warning
     taken = load_file(tmp_path / "hf" / "model.safetensors")["embed.weight"]
@@ -124,8 +124,7 @@ def test_padding_between_other_rows_is_counted(tmp_path: Path, original: Path) -
         arrays["out"][[2, 7]] = 1  # the first head's first row of padding, the second head's last
 
     plan, report = exported(tmp_path, original, changed)
-    assert plan.outputs is not None
-    assert sum(p.rows for p in plan.outputs.padding) == HEADS * (WIDE - HEAD)
+    assert sum(p.rows for p in plan.padding) == HEADS * (WIDE - HEAD)
     (warning,) = report.warnings
     assert warning.startswith(f"2 of the {HEADS * (WIDE - HEAD)} rows of padding of `params/params/decoder/out/kernel`")
     found, before = load_file(tmp_path / "hf" / "model.safetensors"), load_file(original / "model.safetensors")
@@ -135,11 +134,11 @@ def test_padding_between_other_rows_is_counted(tmp_path: Path, original: Path) -
 def test_sections_of_the_config_follow_the_dtype(tmp_path: Path, original: Path) -> None:
     plan, _ = exported(tmp_path, original, dtype="float16")
     config = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
-    assert config == plan.outputs.config if plan.outputs else False
+    assert isinstance(plan.layout, Safetensors) and config == plan.layout.config
     assert (
         config["torch_dtype"] == config["text_config"]["dtype"] == config["vision_config"]["torch_dtype"] == "float16"
     )
-    assert plan.outputs and any("text_config.dtype=float16" in note for note in plan.outputs.notes)
+    assert any("text_config.dtype=float16" in note for note in plan.notes)
 
 
 def test_sections_that_say_what_their_tensors_are_stay(tmp_path: Path, original: Path) -> None:

@@ -80,7 +80,10 @@ def test_linked_bytes_are_maxtexts_chunks(case: GoldenCase) -> None:
         stored = [array.chunk[axis] for axis in order]
         for cell, file, offset in zip(place.cells, place.files, place.offsets, strict=True):
             data = np.fromfile(
-                case.hf / plan.files[file].name, numpy_dtype(array.dtype), int(np.prod(stored)), offset=offset
+                case.hf / plan.sources[0].files[file].name,
+                numpy_dtype(array.dtype),
+                int(np.prod(stored)),
+                offset=offset,
             )
             found = data.reshape(stored).transpose(np.argsort(np.array(order, int)))
             corner = [

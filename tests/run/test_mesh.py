@@ -118,7 +118,8 @@ def specs_for(source: Path, mesh: str, capsys: Any) -> str:
     capsys.readouterr()
     assert main.run(["compile", "--model", "llama3.1-8b", "--source", str(source), "--mesh", mesh, "--dump-plan"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    return json.dumps({a["path"].replace("/", "."): a["spec"] for a in plan["arrays"]})
+    kinds = plan["kinds"]
+    return json.dumps({name.replace("/", "."): kinds[kind].get("spec", []) for name, kind, *_ in plan["outputs"]})
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from golden import compile_case, known_cases
 
 CASE = next(case for case in known_cases() if case.id == "qwen3.scan")
 PLAN = compile_case(CASE)
-FILES = [SourceFile(f.name, f.size, f.header) for f in PLAN.files]
+FILES = [SourceFile(f.name, f.size, f.header) for f in PLAN.sources[0].files]
 DIGEST = "sha256:" + "0" * 64
 
 
@@ -181,7 +181,7 @@ def test_a_flipped_bit_of_the_source_is_found_with_a_file_of_sums(source: Path, 
     content[-1] ^= 4
     weights(source).write_bytes(content)
     assert refused(lambda: run(PLAN, source, tmp_path / "out", settings)).code == "source-changed"
-    damaged = zip(PLAN.files, open_checkpoint(source).files, strict=True)  # before it was compiled
+    damaged = zip(PLAN.sources[0].files, open_checkpoint(source).files, strict=True)  # before it was compiled
     plan = replace(PLAN, files=tuple(replace(f, content=now.content) for f, now in damaged))
     run(plan, source, tmp_path / "unnoticed")
     found = refused(lambda: run(plan, source, tmp_path / "out", settings))

@@ -214,7 +214,7 @@ def test_the_checkpoint_says_what_made_it(layout: str, source: Path, output: Pat
             "model": MODEL,
             "family": "llama3.1",
             "mapping": plan.made.mapping,
-            "source": plan.made.source,
+            "source": plan.source,
             "plan": json.loads(dumps(plan))["digest"],
         }.items()
     )

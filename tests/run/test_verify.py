@@ -31,6 +31,7 @@ from ckptc.run.verify import Verified, _compare_chunk, _Difference, check_sums, 
 from ckptc.spec import mapping as spec
 from ckptc.storage.checkpoint.restored import open_restored
 from golden import checkpoint_of, compile_case, known_cases
+from plans import altered, with_arrays
 from reference import GoldenCase, read_safetensors
 
 # Stacked and not, with experts, with arithmetic and padding, decoded from 8 and from 4 bits, with towers.
@@ -58,7 +59,7 @@ def graph_of(plan: Plan, source: Path) -> Graph:
 
 
 def verify(plan: Plan, source: Path, step: Path) -> Verified:
-    return compare(graph_of(plan, source), [f.name for f in plan.files], source, step)
+    return compare(graph_of(plan, source), [f.name for f in plan.sources[0].files], source, step)
 
 
 def found(what: Callable[[], object]) -> list[Diagnostic]:
@@ -143,7 +144,7 @@ def test_every_wrong_element_is_counted_and_the_first_is_the_first(
         change_source(source, name, element, 0x7F80)  # infinity
     (problem,) = found(lambda: verify(plan, source, step))
     assert problem.message.startswith("2 of ") and "/".join(target.path) in problem.message
-    whole = straight.make(target.node, straight.Tensors(source, [f.name for f in plan.files]))
+    whole = straight.make(target.node, straight.Tensors(source, [f.name for f in plan.sources[0].files]))
     places = np.argwhere(~np.isfinite(whole.astype(np.float32)))
     assert len(places) == 2 and problem.notes[0] == f"first index: {places.tolist()[0]}"
     stored = next(a for a in plan.arrays if a.path == target.path)
@@ -209,7 +210,7 @@ def test_what_is_decoded_is_right(
     monkeypatch.setattr(straight, "BLOCK", block)
     case, _ = quantised
     plan = compile_case(case, memory=20_000)
-    assert any(s.decode and len(s.tensors) > 4 for a in plan.arrays for s in a.sources)
+    assert any(s.stored.decode and len(s.tensors) > 4 for a in plan.arrays for s in a.sources)
     assert verify(plan, case.hf, convert(plan, case.hf, tmp_path / "out")).arrays == len(plan.arrays)
 
 
@@ -321,7 +322,7 @@ def test_blocks_cover_each_array_once_and_are_what_the_whole_is(id_: str, monkey
     monkeypatch.setattr(straight, "BLOCK", 1)
     case = CASES_BY_ID[id_]
     plan = compile_case(case, memory=20_000)
-    tensors = straight.Tensors(case.hf, [f.name for f in plan.files])
+    tensors = straight.Tensors(case.hf, [f.name for f in plan.sources[0].files])
     for array, target in zip(plan.arrays, graph_of(plan, case.hf).targets, strict=True):
         whole = straight.make(target.node, tensors)
         covered = np.zeros(whole.shape, dtype=int)
@@ -376,8 +377,8 @@ def test_another_mapping_than_the_plans_is_refused(plan: Plan) -> None:
 
 def test_another_config_than_the_plans_is_refused(plan: Plan) -> None:
     """A plan records its dims; arrays that differ all the same come from what the mapping asks of config.json."""
-    array = replace(plan.arrays[0], shape=(99,))
-    other = replace(plan, arrays=(array, *plan.arrays[1:]))
+    array = altered(plan.arrays[0], shape=(99,))
+    other = with_arrays(plan, (array, *plan.arrays[1:]))
     (problem,) = found(lambda: graph_of(other, CASE.hf))
     assert problem.code == "config-changed" and plan.arrays[0].name in problem.message
 

@@ -27,12 +27,13 @@ from ckptc.ops import Add, Axis, Cast, Concat, Pad, ReshapeHeads, Scale, Slice, 
 from ckptc.ops.codes import Code
 from ckptc.ops.nest import Part, whole
 from ckptc.plan import model
-from ckptc.plan.model import Array as Target
 from ckptc.plan.model import Plan
 from ckptc.run.worker import Worker, constant
 from ckptc.spec.mapping import load_mapping
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from ckptc.storage.source.ranges import RangeReader
+from plans import array as made_array
+from plans import operand
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Shape = tuple[int, ...]
@@ -102,22 +103,24 @@ def plan_for(directory: Path, made: Made, chunk: Shape, unit: Shape, stored: dic
             for column in others:
                 found = [checkpoint.tensors[name] for name in column]
                 most = max(found, key=lambda t: t.end - t.begin)
-                beside.append(model.Beside(most.dtype, most.shape, tuple(position[n] for n in column)))
+                beside.append(model.Beside(most.dtype, most.shape))
             decode = model.Decode(how.code.name, how.code.settings(), how.shape, tuple(beside))
-        sources.append(model.Source(first.dtype, first.shape, tuple(position[n] for n in values), decode))
-    type_, ones = made.type, (1,) * len(chunk)
-    array = Target(
-        ("array",), type_.shape, type_.dtype, chunk, unit, ones, (), "", (), tuple(sources), tuple(made.parts)
-    )  # fmt: skip
-    cost = account(array)
+        columns = [[position[n] for n in column] for column in others] if decode else []
+        sources.append(operand(first.dtype, first.shape, [position[n] for n in values], decode, *columns))
+    array = made_array("array", made.type.shape, made.type.dtype, chunk, unit, sources, made.parts)
+    cost = account(array.kind)
+    kinds, outputs = model.tabulated([array])
+    files = tuple(model.File(f.name, f.size, f.header_digest) for f in checkpoint.files)
     return Plan(
-        model.Made("", "", "", "", "", None),
-        model.Choices("scanned", made.type.dtype, False, 1, 0, "hub", ()),
-        tuple(model.File(f.name, f.size, f.header_digest) for f in checkpoint.files),
-        tuple(model.Tensor(t.name, t.file, t.begin, t.end) for t in checkpoint.tensors.values()),
-        (array,),
-        (),
-        model.Totals(1, len(tensors), made.type.size, cost.read, array.nbytes, cost.buffers),
+        made=model.Made("", "", "", "", ""),
+        choices=model.Choices("scanned", made.type.dtype, False, 1, "hub", {}),
+        totals=model.Totals(1, len(tensors), made.type.size, cost.read, array.nbytes, cost.buffers),
+        sources=(model.Source("safetensors", files),),
+        layout=model.Orbax(),
+        left_out=(),
+        kinds=kinds,
+        outputs=outputs,
+        tensors=tuple(model.Tensor(t.name, t.file, t.begin, t.end) for t in checkpoint.tensors.values()),
     )
 
 
@@ -137,7 +140,7 @@ def run(plan: Plan, directory: Path) -> Ran:
             ran.arrays[number] = np.zeros(array.shape, chunk.dtype)
         ran.arrays[number][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = chunk
 
-    with Recording(directory, [SourceFile(f.name, f.size, f.header) for f in plan.files]) as reader:
+    with Recording(directory, [SourceFile(f.name, f.size, f.header) for f in plan.sources[0].files]) as reader:
         worker = Worker(plan, reader, sink, lambda: None)
         for number, array in enumerate(plan.arrays):
             made = sum(made for _, made in worker.make((0, number, box) for box in array.units()))
@@ -308,7 +311,7 @@ def test_a_unit_is_read_while_the_one_before_is_made_and_what_is_lent_stays(tmp_
         settle()
         lent.append((index[0], chunk))
 
-    with Telling(tmp_path, [SourceFile(f.name, f.size, f.header) for f in plan.files], 4) as reader:
+    with Telling(tmp_path, [SourceFile(f.name, f.size, f.header) for f in plan.sources[0].files], 4) as reader:
         units = ((7 + n, 0, box) for n, box in enumerate(plan.arrays[0].units()))
         done = list(Worker(plan, reader, sink, settle).make(units))
     settle()

@@ -22,7 +22,7 @@ from ckptc.diagnostics import fail
 from ckptc.plan import json as plan_json
 from ckptc.plan.check import check_plan
 from ckptc.plan.division import balance
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Orbax, Plan, Safetensors
 from ckptc.regular import open_file
 from ckptc.spec.halves.expanded import expanded
 from ckptc.spec.mapping import TARGET, Family, Model, find_model, load_mapping, shipped
@@ -64,7 +64,7 @@ def _expanded(args: argparse.Namespace) -> None:
 
 def compile_(args: argparse.Namespace) -> None:
     plan = _compile_export(args) if args.export else _compile(args)
-    if args.num_processes and plan.made.kind == "export":
+    if args.num_processes and isinstance(plan.layout, Safetensors):
         raise fail("not-divided", "an export is the work of one process")
     text = plan_json.dumps(plan)
     if args.plan_file:
@@ -82,7 +82,7 @@ def compile_(args: argparse.Namespace) -> None:
             print(f"\n{render.balance(balance(plan, args.num_processes))}")
         if args.plan_file:
             # Made without a checkpoint, a plan is to be read and compared; there are no bytes to run it on.
-            runs = f"; `ckptc run {args.plan_file} --output DIR` executes it" if plan.made.source else ""
+            runs = f"; `ckptc run {args.plan_file} --output DIR` executes it" if plan.source else ""
             print(f"\nplan written to {args.plan_file}{runs}")
 
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     with together.peers(args) as peers:
         plan, text = read_plan(Path(args.plan))
         source = Path(args.source) if args.source else None
-        if plan.made.kind != "export":
+        if isinstance(plan.layout, Orbax):
             _execute(plan, text, args, source, peers)
             return
         if args.distributed or args.coordinator:
@@ -144,8 +144,8 @@ def _compile(args: argparse.Namespace) -> Plan:
     )
     checkpoint = open_checkpoint(Path(args.source)) if args.source else None
     plan = compile_plan(mapping, model, options, checkpoint)
-    if plan.made.source:
-        remember(plan.made.source, Path(args.source))
+    if plan.source:
+        remember(plan.source, Path(args.source))
     return plan
 
 
@@ -202,7 +202,7 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
     print(json.dumps(record) if args.json else render.report(plan, report))
     if verified and not args.json:
         print(verify.line(verified[0], "source"))
-    if plan.choices.mesh and not report.process and not args.json:
+    if render.orbax(plan).mesh and not report.process and not args.json:
         print(render.restoring(plan, report.output))
 
 

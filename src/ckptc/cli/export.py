@@ -168,9 +168,12 @@ def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | 
         max_shard=args.max_shard_size,
     )
     plan = compile_export(mapping, model, options, saved, original)
-    remember(plan.made.source or "", Path(items))
-    if plan.outputs and plan.outputs.companions and directory:
-        remember(companions_digest(plan.outputs), directory)
+    remember(plan.source or "", Path(items))
+    from ckptc.plan.model import Safetensors
+
+    assert isinstance(plan.layout, Safetensors)
+    if plan.layout.companions and directory:
+        remember(companions_digest(plan.layout), directory)
     return plan, plain, directory
 
 
@@ -254,22 +257,28 @@ def _checked(report: ExportReport) -> str:
 
 def summary_record(plan: Plan) -> dict[str, Any]:
     """The summary as `compile --export --json` prints it."""
-    from ckptc.plan.json import encode
+    from msgspec import to_builtins
 
-    body = encode(plan)
-    outputs = {k: body["outputs"][k] for k in ("files", "companions", "padding", "notes")}
+    body = to_builtins(plan)
     return {
         **{k: body[k] for k in ("made", "choices", "totals", "left_out")},
-        "outputs": outputs,
+        "outputs": {
+            "files": body["layout"]["files"],
+            "companions": body["layout"].get("companions", []),
+            "padding": body.get("padding", []),
+            "notes": body.get("notes", []),
+        },
         "rules": _rules(plan),
     }
 
 
 def summary(plan: Plan) -> str:
     """What an export would do: bytes, memory, what is left out, and for each rule whether it is exact."""
-    t, c, m, outputs = plan.totals, plan.choices, plan.made, plan.outputs
-    assert outputs is not None
-    files = len(outputs.files)
+    from ckptc.plan.model import Safetensors
+
+    t, c, m, layout = plan.totals, plan.choices, plan.made, plan.layout
+    assert isinstance(layout, Safetensors)
+    files = len(layout.files)
     lines = [
         f"{m.model} ({m.family}), {render.layout(c)}, to {c.dtype}" + (", multimodal" if c.multimodal else ""),
         f"reads   {render.size(t.read_bytes)} of {t.tensors} arrays, decoded chunks counted as often as they are read",
@@ -285,8 +294,8 @@ def summary(plan: Plan) -> str:
             else "omits   what conversions ignore"
         )
         lines.append(f"{what}: `{x.pattern}`: {x.reason}")
-    lines += [f"checks  {p.rows} rows of padding of `{plan.tensors[p.tensor].name}`" for p in outputs.padding]
-    lines += [f"note    {note}" for note in outputs.notes]
+    lines += [f"checks  {p.rows} rows of padding of `{plan.tensors[p.tensor].name}`" for p in plan.padding]
+    lines += [f"note    {note}" for note in plan.notes]
     heading = ("RULE", "TENSORS", "BYTES", "FIRST", "EXACTNESS")
     rows = [
         (r["rule"], str(r["tensors"]), render.size(r["write_bytes"]), f"{r['dtype']}{r['shape']}", r["exactness"])
@@ -304,16 +313,16 @@ def exact_line(plan: Plan) -> str:
 
 
 def _exact_count(plan: Plan) -> int:
-    return sum(_exact(kind.exactness) for _, kind in plan.outputs.named()) if plan.outputs else 0
+    return sum(_exact(plan.kinds[o.kind].exactness) for o in plan.outputs)
 
 
-def _exact(x: Exactness) -> bool:
-    return x.above == 0
+def _exact(x: Exactness | None) -> bool:
+    return x is None or x.above == 0
 
 
-def exactness(x: Exactness) -> str:
+def exactness(x: Exactness | None) -> str:
     """In words: `exact`, `exact above 3.06e-05, else within 0.00391 relative + 5.99e-08 absolute`."""
-    if _exact(x):
+    if x is None or _exact(x):
         return "exact"
     bounds = [f"{x.relative:.3g} relative"] if x.relative else []
     bounds += [f"{x.absolute:.3g} absolute"] if x.absolute else []
@@ -323,9 +332,8 @@ def exactness(x: Exactness) -> str:
 
 def _rules(plan: Plan) -> list[dict[str, Any]]:
     out: dict[tuple[str, str], dict[str, Any]] = {}
-    assert plan.outputs is not None
-    for kind, count in Counter(t.kind for t in plan.outputs.tensors).items():
-        k = plan.outputs.kinds[kind]
+    for kind, count in Counter(o.kind for o in plan.outputs).items():
+        k = plan.kinds[kind]
         shown = exactness(k.exactness)
         record = out.setdefault(
             (k.rule, shown),

@@ -16,7 +16,7 @@ from ckptc.spec.resources import shipped_file
 
 if TYPE_CHECKING:
     from ckptc.plan.division import Balance
-    from ckptc.plan.model import Choices, Plan
+    from ckptc.plan.model import Choices, Orbax, Plan
     from ckptc.run.runner import Report
     from ckptc.spec.mapping import Family, Model
 
@@ -194,10 +194,19 @@ def model(record: dict[str, Any]) -> str:
     return "\n".join([*head, *ignored, "", _rules(record["rules"])])
 
 
+def orbax(plan: Plan) -> Orbax:
+    """The layout of a plan whose outputs become an Orbax checkpoint."""
+    from ckptc.plan.model import Orbax
+
+    assert isinstance(plan.layout, Orbax)
+    return plan.layout
+
+
 def rules(plan: Plan) -> list[dict[str, Any]]:
     """One record for each rule that made arrays, in the order of the mapping's targets."""
     from ckptc.plan.links import linked_bytes
 
+    layout = orbax(plan)
     out: dict[str, dict[str, Any]] = {}
     for array in plan.arrays:
         record = out.setdefault(
@@ -210,15 +219,15 @@ def rules(plan: Plan) -> list[dict[str, Any]]:
                 "dtype": array.dtype,
                 "ops": list(array.ops),
                 "write_bytes": 0,
-                **({"spec": [list(over) for over in array.spec]} if plan.choices.mesh else {}),
-                **({"linked_bytes": 0} if plan.choices.link else {}),
+                **({"spec": [list(over) for over in array.spec]} if layout.mesh else {}),
+                **({"linked_bytes": 0} if layout.link else {}),
             },
         )
         record["arrays"] += 1
         record["tensors"] += sum(len(s.tensors) for s in array.sources)
         record["write_bytes"] += array.nbytes
-        if plan.choices.link:
-            record["linked_bytes"] += linked_bytes(array)
+        if layout.link:
+            record["linked_bytes"] += linked_bytes(array.kind)
     return list(out.values())
 
 
@@ -250,7 +259,7 @@ def _over(spec: Sequence[Sequence[str]]) -> str:
 
 def _mesh(plan: Plan) -> list[str]:
     """The mesh, how arrays lie on it, and what does not divide."""
-    mesh = plan.choices.mesh
+    mesh = orbax(plan).mesh
     if not mesh:
         return []
     sharded = [a for a in plan.arrays if any(a.spec)]
@@ -261,7 +270,7 @@ def _mesh(plan: Plan) -> list[str]:
     ]
     sizes, uneven = dict(mesh), Counter[str]()
     for a in plan.arrays:
-        for axis, n, names in zip(a.axes, a.shape, a.indivisible, strict=False):
+        for axis, n, names in zip(a.axes, a.shape, a.kind.indivisible, strict=False):
             uneven.update(f"axis {axis}={n} is not divided by {name}={sizes[name]}" for name in names)
     return lines + [
         f"uneven  {text} in {n} array{'s' if n != 1 else ''}: not sharded over it; JAX refuses to shard such a parameter"
@@ -271,10 +280,10 @@ def _mesh(plan: Plan) -> list[str]:
 
 def summary_record(plan: Plan) -> dict[str, Any]:
     """The summary, as `ckptc compile --json` prints it."""
-    from ckptc.plan.json import encode
+    from msgspec import to_builtins
 
-    body = encode(plan)
-    return {**{k: body[k] for k in ("made", "choices", "totals", "left_out")}, "rules": rules(plan)}
+    body = to_builtins(plan)
+    return {**{k: body[k] for k in ("made", "choices", "layout", "totals", "left_out")}, "rules": rules(plan)}
 
 
 def layout(choices: Choices) -> str:
@@ -285,10 +294,10 @@ def layout(choices: Choices) -> str:
 
 def summary(plan: Plan) -> str:
     """What a run would do: counts, bytes, memory, what is left out, one line for each rule."""
-    t, c, m = plan.totals, plan.choices, plan.made
+    t, c, m, stored = plan.totals, plan.choices, plan.made, orbax(plan)
     source = (
-        f"{len(plan.files)} files"
-        if m.source
+        f"{len(plan.sources[0].files)} files"
+        if plan.source
         else "the model's shipped numbers; compile with --source to check a checkpoint and get a plan that runs"
     )
     written = size(t.write_bytes)
@@ -296,11 +305,11 @@ def summary(plan: Plan) -> str:
         written = f"{size(t.write_bytes - t.linked_bytes)} of {written}"
     lines = [
         f"{m.model} ({m.family}), {layout(c)}, {c.dtype}" + (", multimodal" if c.multimodal else ""),
-        f"from    {source}" + (f", naming `{c.naming}`" if m.source and c.naming != "hub" else ""),
+        f"from    {source}" + (f", naming `{c.naming}`" if plan.source and c.naming != "hub" else ""),
         f"reads   {size(t.read_bytes)} of {t.tensors} tensors"
         + (f", {size(t.reread_bytes)} of it again" if t.reread_bytes else ""),
         f"writes  {written} in {t.arrays} arrays, {count(t.parameters)} parameters"
-        + (f", compressed: {c.compression}" if c.compression != "none" else ""),
+        + (f", compressed: {stored.compression}" if stored.compression != "none" else ""),
         f"memory  {size(t.peak_memory_bytes)} for each worker, within a budget of {size(c.memory)}",
         *_mesh(plan),
     ]
@@ -315,7 +324,7 @@ def summary(plan: Plan) -> str:
 
 def _links(plan: Plan) -> list[str]:
     """What a plan with `--link` does, and what that costs later."""
-    if not plan.choices.link:
+    if not orbax(plan).link:
         return []
     from ckptc.ops.types import itemsize  # numpy comes with it, which `--help` does not need
 
@@ -345,7 +354,7 @@ def report(plan: Plan, report: Report) -> str:
     """The line at the end of a run."""
     rate = report.write_bytes / max(report.seconds, 1e-9)
     stored = "an unknown size" if report.stored_bytes is None else size(report.stored_bytes)
-    compressed = f" as {stored}" if plan.choices.compression != "none" else ""
+    compressed = f" as {stored}" if orbax(plan).compression != "none" else ""
     linked = f", {size(report.linked_bytes)} linked" if report.linked_bytes else ""
     if report.process:
         return (
@@ -363,6 +372,6 @@ def report(plan: Plan, report: Report) -> str:
 
 def restoring(plan: Plan, step: str) -> str:
     """The Python that restores a checkpoint as it is sharded."""
-    devices = prod(n for _, n in plan.choices.mesh)
+    devices = prod(n for _, n in orbax(plan).mesh)
     items = f"{step if '://' in step else os.path.abspath(step)}/items"
     return f"restored on {devices} devices by: orbax.checkpoint.StandardCheckpointer().restore({items!r})"

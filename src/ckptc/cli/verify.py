@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ckptc.cli import render
 from ckptc.cli.progress import show_progress
 from ckptc.diagnostics import fail
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Orbax, Plan
 
 if TYPE_CHECKING:
     from ckptc.run.verify import Verified
@@ -85,13 +85,13 @@ def against_source(
     from ckptc.spec.mapping import find_model, load_mapping
     from ckptc.storage.checkpoint.safetensors import open_checkpoint
 
-    if plan.made.kind != "import":
+    if not isinstance(plan.layout, Orbax):
         raise fail("not-verified", "only conversions to Orbax are verified against their source")
     directory = find_source(plan, source)
-    check_source(plan, directory, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.files])
+    check_source(plan, directory, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files])
     mappings = (load_mapping(Path(mapping)),) if mapping else None
     graph = graph_again(plan, *find_model(plan.made.model, mappings), open_checkpoint(directory))
-    names = [f.name for f in plan.files]
+    names = [f.name for f in plan.sources[0].files]
     return compare(graph, names, directory, step, lambda done, total, name: on_progress(Progress(done, total, name)))
 
 

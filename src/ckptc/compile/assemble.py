@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import ckptc
@@ -57,6 +56,8 @@ def assemble(
     table = _Table(checkpoint, folded)
     tree = target_tree(mapping.target)
     arrays = tuple(_array(t, f, options, table, tree) for t, f in zip(graph.targets, folded, strict=True))
+    kinds, outputs = plan.tabulated(arrays)
+    files = tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in checkpoint.files) if checkpoint else ()
     return plan.Plan(
         made=plan.Made(
             ckptc=ckptc.__version__,
@@ -64,7 +65,6 @@ def assemble(
             family=mapping.family,
             repo=model.repo,
             mapping=sha256(mapping.document.text.encode()),
-            source=source_digest(checkpoint) if checkpoint else None,
         ),
         choices=plan.Choices(
             layout=options.layout,
@@ -73,20 +73,17 @@ def assemble(
             shards=options.shards,
             memory=options.memory,
             naming=naming,
-            dims=tuple((n, v) for n, v in dims.items() if not isinstance(v, Mapping)),
-            mesh=options.mesh,
-            compression=options.compression,
-            link=options.link,
+            dims={n: v for n, v in dims.items() if not isinstance(v, Mapping)},
             scan_axis=options.scan_axis,
             pipeline=str(options.pipeline or ""),
         ),
-        files=tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in checkpoint.files)
-        if checkpoint
-        else (),
-        tensors=table.rows,
-        arrays=arrays,
-        left_out=_left_out(graph, checkpoint, quantised),
         totals=_totals(arrays, table, options.compression != "none"),
+        sources=(plan.Source("safetensors", files, source_digest(checkpoint) if checkpoint else None),),
+        layout=plan.Orbax(options.mesh, options.compression, options.link),
+        left_out=_left_out(graph, checkpoint, quantised),
+        kinds=kinds,
+        outputs=outputs,
+        tensors=table.rows,
     )
 
 
@@ -101,18 +98,18 @@ def _left_out(graph: Graph, checkpoint: Checkpoint | None, quantised: Quantised)
 
 
 def _totals(arrays: tuple[plan.Array, ...], table: _Table, compressed: bool) -> plan.Totals:
-    accounts = [account(array) if array.link is None else link.account(array) for array in arrays]
+    accounts = [account(a.kind) if a.kind.link is None else link.account(a.kind) for a in arrays]
     reads = [a.read for a in accounts]
-    stored = [stored_bytes(x, compressed) for x, a in zip(arrays, accounts, strict=True) if a.buffers]
+    stored = [stored_bytes(x.kind, compressed) for x, a in zip(arrays, accounts, strict=True) if a.buffers]
     peak = 2 * max((a.held for a in accounts), default=0) + max((a.made for a in accounts), default=0)
     return plan.Totals(
         arrays=len(arrays),
         tensors=len(table.rows),
-        parameters=sum(prod(a.shape) for a in arrays),
+        parameters=sum(a.size for a in arrays),
         read_bytes=sum(reads),
         write_bytes=sum(a.nbytes for a in arrays),
         peak_memory_bytes=peak + max(stored, default=0),
-        linked_bytes=sum(map(links.linked_bytes, arrays)),
+        linked_bytes=sum(links.linked_bytes(a.kind) for a in arrays),
         reread_bytes=_reread(arrays, reads, table),
     )
 
@@ -128,9 +125,7 @@ def _reread(arrays: tuple[plan.Array, ...], reads: list[int], table: _Table) -> 
         return tensor
 
     for array, count in zip(arrays, reads, strict=True):
-        decodes = [s.decode for s in array.sources if s.decode]
-        beside = [t for d in decodes for b in d.beside for t in b.tensors]
-        tensors = [*(t for s in array.sources for t in s.tensors), *beside]
+        tensors = [t for s in array.sources for column in (s.tensors, *s.beside) for t in column]
         for tensor in tensors[:1]:
             read[tensor] = read.get(tensor, 0) + count
         for tensor in tensors[1:]:
@@ -174,10 +169,11 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
     axes = target.axes or tree.axes(target.path[1:], len(shape))
     split = partition(axes, shape, options.mesh, options.rules) if options.mesh else Partition((), ())
     shards = split.shards(options.mesh, len(shape)) if options.mesh else shard_counts(shape, options.shards)
-    sources = tuple(_source(leaf, table) for leaf in folded.leaves)
+    sources = tuple(_operand(leaf, table) for leaf in folded.leaves)
     compressed = options.compression != "none"
     budget = unit_budget(options.memory, compressed)
-    content = plan.Content(shape, dtype, tuple(s.kind for s in sources), folded.parts)
+    stored = tuple(s.stored for s in sources)
+    content = plan.Content(shape, dtype, stored, folded.parts)
     linked = link.choose(content, shards, budget) if options.link else None
 
     def fitted(memory: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -199,38 +195,37 @@ def _array(target: Target, folded: Folded, options: Options, table: _Table, tree
             else f"no --memory makes it: units have at most {UNIT_MOST >> 20} MiB",
         )
     chunk, unit = made
-    stored: tuple[int, ...] = ()
+    large: tuple[int, ...] = ()
     if not linked and not compressed:  # which cannot be written in pieces
-        chunk, stored = enlarge(content, shards, chunk, unit, bool(options.mesh))
-    return plan.Array(
-        target.path,
-        shape,
-        dtype,
-        chunk,
-        unit,
-        shards,
-        axes,
-        target.rule,
-        target.steps,
-        sources,
-        folded.parts,
+        chunk, large = enlarge(content, shards, chunk, unit, bool(options.mesh))
+    kind = plan.Kind(
+        rule=target.rule,
+        shape=shape,
+        dtype=dtype,
+        chunk=chunk,
+        unit=unit,
+        sources=stored,
+        parts=folded.parts,
+        ops=target.steps,
+        shards=shards,
+        axes=axes,
         spec=split.spec,
         indivisible=split.indivisible if any(split.indivisible) else (),
         link=linked[1] if linked else None,
-        stored=stored,
+        stored=large,
     )
+    return plan.Array("/".join(target.path), kind, sources)
 
 
-def _source(leaf: Leaf, table: _Table) -> plan.Source:
+def _operand(leaf: Leaf, table: _Table) -> plan.Operand:
     positions = tuple(table.position[n] for n in leaf.tensors)
     if leaf.decoded is None:
-        return plan.Source(leaf.each.dtype, leaf.each.shape, positions)
+        return plan.Operand(plan.Stored(leaf.each.dtype, leaf.each.shape, len(positions)), positions)
     d = leaf.decoded
-    beside = tuple(
-        plan.Beside(b.type.dtype, b.type.shape, tuple(table.position[n] for n in b.tensors)) for b in d.beside
-    )
+    columns = tuple(tuple(table.position[n] for n in b.tensors) for b in d.beside)
+    beside = tuple(plan.Beside(b.type.dtype, b.type.shape) for b in d.beside)
     decode = plan.Decode(d.code.name, d.code.settings(), leaf.each.shape, beside)
-    return plan.Source(d.stored.dtype, d.stored.shape, positions, decode)
+    return plan.Operand(plan.Stored(d.stored.dtype, d.stored.shape, len(positions), decode=decode), positions, columns)
 
 
 def sha256(data: bytes) -> str:

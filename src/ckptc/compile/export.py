@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -28,9 +28,11 @@ from ckptc.compile.units import schedule
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.saved import Original, Saved, SavedArray
+from ckptc.ir.source import SourceFile
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
-from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored, lay_out
+from ckptc.plan.files import lay_out
+from ckptc.plan.model import Kind, Output, Padding, Stored
 from ckptc.plan.regions import padding_bytes
 from ckptc.spec.mapping import Family, Model
 from ckptc.spec.target import target_tree
@@ -83,7 +85,7 @@ class _Export:
         pairs = read.matched.pairs(read.graph)
         self.targets = tuple(target for target, _ in pairs)
         self.stored = [array for _, array in pairs]
-        self.alike = [Stored(a.shape, a.dtype, a.chunk) for a in self.stored]
+        self.alike = [Stored(a.dtype, a.shape, chunk=a.chunk) for a in self.stored]
         self.cut: dict[str, tuple[int, int]] = {}
         self.problems: list[Diagnostic] = []
         self.decoded = decoded
@@ -110,16 +112,18 @@ class _Export:
         compared = [schedule(kinds, [twin], self.options.memory) for twin in twins]  # a run compares one at a time
         made = tuple(dict.fromkeys((*done.kinds, *(kind for c in compared for kind in c.kinds))))
         padding = tuple(self._padding(c) for c in constants)
-        rows = tuple(plan.Tensor(a.name, 0, 0, a.nbytes) for a in self.stored)
+        rows = tuple(plan.Tensor(a.name, -1, 0, a.nbytes) for a in self.stored)
         counts = Counter(made[t.kind] for t in done.tensors)
         config, notes = self._config(counts, bool(twins))
         return plan.Plan(
-            made=self._made(),
+            made=plan.Made(
+                ckptc=ckptc.__version__,
+                model=self.model.name,
+                family=self.mapping.family,
+                repo=self.model.repo,
+                mapping=sha256(self.mapping.document.text.encode()),
+            ),
             choices=self._choices(counts),
-            files=tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in self.saved.files),
-            tensors=rows,
-            arrays=(),
-            left_out=self._left_out(),
             totals=plan.Totals(
                 arrays=len(ordered),
                 tensors=len(rows),
@@ -128,35 +132,27 @@ class _Export:
                 write_bytes=sum(k.nbytes * n for k, n in counts.items()),
                 peak_memory_bytes=max(done.peak, *(c.peak for c in compared), 0),
             ),
-            outputs=Outputs(
-                kinds=made,
-                tensors=done.tensors,
+            sources=(self._source(),),
+            layout=plan.Safetensors(
                 files=files,
-                batches=done.batches,
                 config=config,
-                companions=tuple(
-                    plan.File(f.name, f.size, f.header_digest)
-                    for f in (self.original.companions if self.original else ())
-                ),
-                padding=padding,
-                twins=tuple(t._replace(kind=made.index(c.kinds[t.kind])) for c in compared for t in c.tensors),
-                notes=tuple(notes),
+                companions=_files(self.original.companions if self.original else ()),
             ),
+            left_out=self._left_out(),
+            kinds=made,
+            outputs=done.tensors,
+            tensors=rows,
+            batches=done.batches,
+            padding=padding,
+            twins=tuple(replace(t, kind=made.index(c.kinds[t.kind])) for c in compared for t in c.tensors),
+            notes=tuple(notes),
         )
 
-    def _made(self) -> plan.Made:
+    def _source(self) -> plan.Source:
         digest = sha256(
             "\n".join(f"{f.name} {f.size} {f.header_digest} {f.content}" for f in self.saved.files).encode()
         )
-        return plan.Made(
-            ckptc=ckptc.__version__,
-            model=self.model.name,
-            family=self.mapping.family,
-            repo=self.model.repo,
-            mapping=sha256(self.mapping.document.text.encode()),
-            source=digest,
-            kind="export",
-        )
+        return plan.Source("orbax", _files(self.saved.files), digest)
 
     def _choices(self, counts: Mapping[Kind, int]) -> plan.Choices:
         return plan.Choices(
@@ -168,7 +164,7 @@ class _Export:
             shards=1,
             memory=self.options.memory,
             naming=self.read.naming,
-            dims=tuple((n, v) for n, v in self.read.dims.items() if not isinstance(v, Mapping)),
+            dims={n: v for n, v in self.read.dims.items() if not isinstance(v, Mapping)},
         )
 
     def _dtype(self, tensor: Inverted) -> str:
@@ -184,7 +180,7 @@ class _Export:
 
     def _exported(
         self, tensor: Inverted, pieces: list[Piece], dtype: str, shape: tuple[int, ...] | None = None
-    ) -> Exported:
+    ) -> Output:
         """A tensor made of these pieces; of `shape`, if they are not all of it. Those of other layers are of one kind
         with it, and are found to be without looking at their parts again.
         """
@@ -193,8 +189,8 @@ class _Export:
         if key not in self.known:
             self.known[key] = self._kind(pieces, dtype, shape or self._shape(tensor))
         kind, places = self.known[key]
-        flat = [n for target, piece, begin in places for n in (target, pieces[piece].offset + begin)]
-        return Exported(tensor.name, kind, tuple(flat))
+        arrays = tuple(target for target, _, _ in places)
+        return Output(tensor.name, kind, arrays, tuple(pieces[piece].offset + begin for _, piece, begin in places))
 
     def _kind(
         self, pieces: list[Piece], dtype: str, shape: tuple[int, ...]
@@ -220,6 +216,7 @@ class _Export:
         found = Kind(
             shape=shape,
             dtype=dtype,
+            chunk=shape,
             unit=shape,
             rule=" + ".join(dict.fromkeys(self.targets[t].rule for t in targets)),
             ops=tuple(f"undo {step}" for step in reversed(self.targets[targets[0]].steps)),
@@ -313,6 +310,10 @@ class _Export:
                 f"{was - now} of {was} rows of `{name}` are not written: {'; '.join(sorted(filter(None, reasons)))}"
             )
         return config, notes + changed
+
+
+def _files(files: Iterable[SourceFile]) -> tuple[plan.File, ...]:
+    return tuple(plan.File(f.name, f.size, f.header_digest, f.content) for f in files)
 
 
 def _once(pieces: list[Piece]) -> list[Piece]:

@@ -41,7 +41,7 @@ def _fold(node: Node, numbers: Iterator[int]) -> list[Part]:
     if isinstance(node, Leaf):
         return [leaf_part(node, next(numbers))]
     if isinstance(node, Fill):
-        return [Part(None, 0, 0, tuple(whole(a.size, 0) for a in node.type.axes), (), node.value)]
+        return [Part(None, 0, 0, tuple(whole(a.size, 0) for a in node.type.axes), (), float(node.value))]
     assert isinstance(node, Apply)
     return node.op.lower([_fold(child, numbers) for child in node.inputs], [child.type for child in node.inputs])
 

@@ -19,7 +19,7 @@ from ckptc.compile.schedule import Account
 from ckptc.ops.nest import AxisMap, Part, joined, restrict_part
 from ckptc.ops.types import itemsize
 from ckptc.plan import links
-from ckptc.plan.model import Array, Content
+from ckptc.plan.model import Content, Kind
 from ckptc.plan.reads import need
 
 MOST = 16 << 20  # bytes of a chunk: a restore holds each chunk whole, and reads several at once
@@ -103,10 +103,10 @@ def _divisor(size: int, most: int) -> int:
     return max(d for k in range(1, int(size**0.5) + 1) if size % k == 0 for d in (k, size // k) if d <= most)
 
 
-def account(array: Array) -> Account:
+def account(kind: Kind) -> Account:
     """What the chunks that are made take, as `schedule.account`."""
-    assert array.link is not None
-    return _account(array.content, array.chunk, array.link)
+    assert kind.link is not None
+    return _account(kind.content, kind.chunk, kind.link)
 
 
 @lru_cache(maxsize=4096)

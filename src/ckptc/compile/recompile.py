@@ -17,7 +17,7 @@ from ckptc.diagnostics import fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.source import Checkpoint
 from ckptc.plan.model import Plan
-from ckptc.spec.mapping import Family, Model, Value
+from ckptc.spec.mapping import Family, Model
 
 
 def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoint) -> Graph:
@@ -35,8 +35,8 @@ def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoin
             help=f"give the mapping with --mapping, or use ckptc {plan.made.ckptc}, which made the plan",
         )
     choices = plan.choices
-    given: dict[str, Value] = {
-        n: repr(v) if isinstance(v, str) else v for n, v in choices.dims
+    given: dict[str, Any] = {
+        n: repr(v) if isinstance(v, str) else v for n, v in choices.dims.items()
     }  # text is an expression
     options = Options(
         layout=choices.layout, dtype=choices.dtype, multimodal=choices.multimodal, set=given, shards=choices.shards,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ckptc.ops.nest import AxisMap, Part, restrict_part
 from ckptc.ops.types import itemsize
 from ckptc.plan import links
-from ckptc.plan.model import Array, Box, Content
+from ckptc.plan.model import Box, Content, Kind
 from ckptc.plan.reads import in_order, need, plan_read, tensors_of
 
 UNIT_SHARE = 3  # a worker uses at most this fraction of the memory budget, so that several can be at work
@@ -50,12 +50,12 @@ def unit_budget(memory: int, compressed: bool = False) -> int:
     return most // 2 if compressed else most
 
 
-def stored_bytes(array: Array, compressed: bool) -> int:
+def stored_bytes(kind: Kind, compressed: bool) -> int:
     """Bytes of buffers in which a chunk gets the form that it is stored in: compressed (two), filled up where it reaches
     past the array's edge, in the order of axes that links have."""
-    copies = 1 if array.link is not None else 2 if compressed else 0
-    copies += any(n % c for n, c in zip(array.shape, array.chunk, strict=True))
-    return copies * prod(array.chunk) * itemsize(array.dtype)
+    copies = 1 if kind.link is not None else 2 if compressed else 0
+    copies += any(n % c for n, c in zip(kind.shape, kind.chunk, strict=True))
+    return copies * prod(kind.chunk) * itemsize(kind.dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -169,9 +169,9 @@ class Account(NamedTuple):
         return 2 * self.held + self.made
 
 
-def account(array: Array) -> Account:
-    """What the array's units take."""
-    return _account(array.content, array.chunk, array.unit)
+def account(kind: Kind) -> Account:
+    """What the units of an array of a kind take."""
+    return _account(kind.content, kind.chunk, kind.unit)
 
 
 @lru_cache(maxsize=4096)

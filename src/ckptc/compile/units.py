@@ -22,9 +22,8 @@ from msgspec.structs import replace
 from ckptc.diagnostics import fail
 from ckptc.ops.nest import Part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Box, boxes
-from ckptc.plan.outputs import Exported, Kind, Stored
-from ckptc.plan.regions import Numbers, Region, axis_of, made_bytes, needs, strides
+from ckptc.plan.model import Box, Kind, Output, Stored, boxes
+from ckptc.plan.regions import Numbers, Region, axis_of, made_bytes, needs, piece, strides
 
 UNIT_MOST = 48 << 20  # bytes of buffers: larger reads gain nothing, unless a chunk is larger
 SAMPLE = 64  # tensors of a kind by which shapes of units are compared
@@ -37,17 +36,17 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class Scheduled:
     kinds: tuple[Kind, ...]  # with their units
-    tensors: tuple[Exported, ...]  # as they were given, of these kinds
+    tensors: tuple[Output, ...]  # as they were given, of these kinds
     batches: tuple[tuple[int, ...], ...]  # positions in `tensors`; those of a batch have one kind and the same arrays
     read_bytes: int  # of decoded chunks, those decoded again included
     peak: int  # bytes of buffers of the largest unit, and of one chunk as it is decoded
 
 
-def schedule(kinds: Sequence[Kind], tensors: Sequence[Exported], memory: int) -> Scheduled:
+def schedule(kinds: Sequence[Kind], tensors: Sequence[Output], memory: int) -> Scheduled:
     """Units and batches for tensors of kinds that have no units yet. Raises InputError `too-little-memory`."""
     together: defaultdict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
     for number, tensor in enumerate(tensors):
-        together[tensor.kind, tensor.arrays].append(number)
+        together[tensor.kind, tensor.tensors].append(number)
     found: dict[Kind, int] = {}
     kind_of: list[int] = [0] * len(tensors)
     batches: list[tuple[int, ...]] = []
@@ -60,11 +59,13 @@ def schedule(kinds: Sequence[Kind], tensors: Sequence[Exported], memory: int) ->
             memo[key] = _choose(_Group(kinds[kind], begins), memory, tensors[numbers[0]].name)
         choice = memo[key]
         read, peak = read + choice.read, max(peak, choice.peak)
-        position = found.setdefault(replace(kinds[kind], unit=choice.unit), len(found))
+        own = kinds[kind]
+        chunk = piece(choice.unit, itemsize(own.dtype))
+        position = found.setdefault(replace(own, unit=choice.unit, chunk=chunk), len(found))
         for number in numbers:
             kind_of[number] = position
         batches += [tuple(numbers[i] for i in batch) for batch in choice.batches]
-    done = tuple(Exported(t.name, k, t.places) for t, k in zip(tensors, kind_of, strict=True))
+    done = tuple(replace(t, kind=k) for t, k in zip(tensors, kind_of, strict=True))
     return Scheduled(tuple(found), done, tuple(batches), read, peak)
 
 
@@ -91,13 +92,14 @@ class _Group:
     def memory(self, batch: Numbers, unit: Sequence[int]) -> int:
         """Bytes of buffers of a batch's first unit, which is as large as any: what is read, and pieces made of it."""
         box = tuple((0, min(u, n)) for u, n in zip(unit, self.kind.shape, strict=True))
-        return made_bytes(self.kind, box) + sum(r.size * itemsize(s.dtype) for s, r in self.needs(batch, box))
+        made = made_bytes([high for _, high in box], itemsize(self.kind.dtype))
+        return made + sum(r.size * itemsize(s.dtype) for s, r in self.needs(batch, box))
 
     def read(self, batch: Numbers, unit: Shape) -> int:
         """Bytes decoded for all units of a batch."""
         return sum(
-            r.chunked(s.chunk, s.shape) * itemsize(s.dtype)
-            for box in boxes(self.kind.shape, unit)
+            r.chunked(chunk_of(s), s.shape) * itemsize(s.dtype)
+            for box in boxes(tuple((0, n) for n in self.kind.shape), unit)
             for s, r in self.needs(batch, box)
         )
 
@@ -108,7 +110,7 @@ class _Group:
         """
         places = np.concatenate([self._indices(n) for n in range(len(self.kind.sources))], axis=1)
         chunk = np.array(
-            [c if n % c == 0 else n for s in self.kind.sources for n, c in zip(s.shape, s.chunk, strict=True)]
+            [c if n % c == 0 else n for s in self.kind.sources for n, c in zip(s.shape, chunk_of(s), strict=True)]
         )
         known: dict[bytes, tuple[int, int]] = {}
         read = peak = 0
@@ -133,7 +135,7 @@ class _Group:
         first = self.kind.parts[0]
         source = self.kind.sources[first.source or 0]
         rest, out = self.begins[:, first.source or 0] + first.base, []
-        for step, c in zip(strides(source.shape), source.chunk, strict=True):
+        for step, c in zip(strides(source.shape), chunk_of(source), strict=True):
             at, rest = np.divmod(rest, step)
             out.append(at // c)
         return np.stack(out, axis=1) if out else np.zeros((len(rest), 1), dtype=np.int64)
@@ -180,6 +182,11 @@ def _choose(group: _Group, memory: int, name: str) -> _Choice:
     return _Choice(unit, tuple(tuple(b.tolist()) for b in batches), read, peak)
 
 
+def chunk_of(stored: Stored) -> Shape:
+    """What is decoded as one."""
+    return stored.chunk or stored.shape
+
+
 def _batches(order: Numbers, together: int) -> list[Numbers]:
     return [order[i : i + together] for i in range(0, len(order), together)]
 
@@ -192,7 +199,7 @@ def _grain(parts: Sequence[Part], axis: int, sources: Sequence[Stored]) -> int:
     for f in main.axes[axis].factors:
         if f.size > 1:
             a = axis_of(f.step, stored.shape)
-            turns = min(f.size, stored.chunk[a] // max(1, f.step // steps[a]))
+            turns = min(f.size, chunk_of(stored)[a] // max(1, f.step // steps[a]))
             if turns > 1:
                 return f.weight * turns
     return 1

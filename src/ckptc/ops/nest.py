@@ -14,22 +14,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from math import gcd, prod
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
+
+Count = Annotated[int, Meta(ge=0)]  # checked where records are read
+Positive = Annotated[int, Meta(ge=1)]
 
 
 class Factor(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    size: int  # iterations
-    weight: int  # how far the axis' index moves per iteration
-    step: int  # how many source elements per iteration
-    tensor: int = 0  # how many tensors of the list per iteration
+    size: Positive  # iterations
+    weight: Positive  # how far the axis' index moves per iteration
+    step: Count  # how many source elements per iteration
+    tensor: Annotated[int, Meta(ge=0)] = 0  # how many tensors of the list per iteration
 
 
 class AxisMap(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The index set {start + Σ i·weight} of one axis."""
 
-    start: int
+    start: Count
     factors: tuple[Factor, ...]
 
     @property
@@ -51,9 +55,9 @@ class Part(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     float32, ("cast", dtype) rounds.
     """
 
-    source: int | None
-    base: int
-    first: int
+    source: Count | None
+    base: Count
+    first: Count
     axes: tuple[AxisMap, ...]
     math: tuple[tuple[str, float | str], ...] = ()
     value: float = 0.0

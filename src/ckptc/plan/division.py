@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 
-from ckptc.ops.nest import restrict_part
-from ckptc.ops.types import itemsize
 from ckptc.plan.model import Plan
-from ckptc.plan.order import Unit, forwards
-from ckptc.plan.reads import need
+from ckptc.plan.needs import bytes_read
+from ckptc.plan.order import Unit, forwards, written
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bytes of source read, and of target arrays written."""
+    """Bytes of sources read, and of outputs written."""
 
     read: int
     written: int
@@ -36,10 +33,7 @@ class Load:
 
 def load(plan: Plan, unit: Unit) -> Load:
     """What a unit reads and writes."""
-    array = plan.arrays[unit.array]
-    inside = [p for part in array.parts for p in restrict_part(part, unit.box)]
-    read = sum(need(p, array.sources[p.source]).read for p in inside if p.source is not None)
-    return Load(read, prod(high - low for low, high in unit.box) * itemsize(array.dtype))
+    return Load(bytes_read(plan, unit), written(plan, unit))
 
 
 def divide(loads: Sequence[Load], processes: int) -> list[range]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ckptc.ops.nest import AxisMap, Part, joined, restrict
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Array, Box, Content, Plan
+from ckptc.plan.model import Box, Content, Kind, Plan
 
 MAX_CHUNKS = 1 << 21  # along the axes of an array, of all its parts: those of a model are thousands
 Numbers = npt.NDArray[Any]  # int64[n]
@@ -43,15 +43,15 @@ class Links(NamedTuple):
 class Place:
     """Chunks of an array that lie in the files of a plan."""
 
-    array: int  # position in `Plan.arrays`
+    array: int  # position in `Plan.outputs`
     cells: Numbers
-    files: Numbers  # positions in `Plan.files`
+    files: Numbers  # positions among the first source's files
     offsets: Numbers  # bytes from the start of the file
 
 
-def links(array: Array) -> Links:
-    """The chunks that need not be made; none where the array has no `link`."""
-    return of(array.content, array.chunk, array.link)
+def links(kind: Kind) -> Links:
+    """The chunks of an array of a kind that need not be made; none where it has no `link`."""
+    return of(kind.content, kind.chunk, kind.link)
 
 
 @lru_cache(maxsize=4096)
@@ -74,7 +74,7 @@ def plain(part: Part, content: Content) -> bool:
     if part.source is None or any(step != ("cast", content.dtype) for step in part.math):
         return False
     source = content.sources[part.source]
-    return source.dtype == content.dtype and source.decode is None
+    return source.dtype == content.dtype and source.decode is None and source.chunk is None
 
 
 def _steps(chunk: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
@@ -116,9 +116,9 @@ def _sums(a: Numbers, b: Numbers) -> Numbers:
     return out
 
 
-def made(array: Array) -> Iterator[Box]:
-    """The boxes of the units that are made: of an array with `link`, of the other chunks."""
-    return array.units() if array.link is None else others(array.shape, array.chunk, links(array).cells)
+def made(kind: Kind) -> Iterator[Box]:
+    """The boxes of the units that are made: of arrays with `link`, of the other chunks."""
+    return kind.units() if kind.link is None else others(kind.shape, kind.chunk, links(kind).cells)
 
 
 def others(shape: tuple[int, ...], chunk: tuple[int, ...], cells: Numbers) -> Iterator[Box]:
@@ -130,9 +130,9 @@ def others(shape: tuple[int, ...], chunk: tuple[int, ...], cells: Numbers) -> It
         yield tuple((i * c, min(i * c + c, n)) for i, c, n in zip(index, chunk, shape, strict=True))
 
 
-def linked_bytes(array: Array) -> int:
-    """Bytes of the array's chunks that need not be made. (None of them reaches past its edge.)"""
-    return links(array).cells.size * prod(array.chunk) * itemsize(array.dtype)
+def linked_bytes(kind: Kind) -> int:
+    """Bytes of an array's chunks that need not be made. (None of them reaches past its edge.)"""
+    return links(kind).cells.size * prod(kind.chunk) * itemsize(kind.dtype)
 
 
 def places(plan: Plan) -> list[Place]:
@@ -141,14 +141,15 @@ def places(plan: Plan) -> list[Place]:
     begins = np.array([t.begin for t in plan.tensors], np.int64)
     out = []
     for number, array in enumerate(plan.arrays):
-        found = links(array)
+        found = links(array.kind)
         if not found.cells.size:
             continue
-        tensors = np.empty(found.cells.size, np.int64)
+        tensors, elements = np.empty(found.cells.size, np.int64), found.elements.copy()
         for k, source in enumerate(array.sources):
             of_source = found.sources == k
             if of_source.any():
                 tensors[of_source] = np.array(source.tensors, np.int64)[found.tensors[of_source]]
-        offsets = begins[tensors] + found.elements * itemsize(array.dtype)
+                elements[of_source] += source.begin
+        offsets = begins[tensors] + elements * itemsize(array.dtype)
         out.append(Place(number, found.cells, files[tensors], offsets))
     return out

@@ -1,222 +1,228 @@
-"""The plan's records.
+"""The plan's records: stored tensors -> parts -> outputs, whichever direction.
 
-A plan is concrete: which bytes of which files become which boxes of which arrays, through which arithmetic. It is compact because a stack of
-thousands of tensors is one `Part` with a loop over its list of tensors (`ckptc.ops.nest`).
+    sources   where stored tensors lie: safetensors files, or an Orbax checkpoint; there may be several
+    tensors   a row a stored tensor: a range of a file, or an array of chunks, of which any box can be read
+    kinds     what outputs that differ in their names and tensors alone have in common: shape, dtype, units, parts
+    outputs   a row an output: its name, its kind, which stored tensors it reads, and where in them it begins
+    layout    what the outputs become: an Orbax checkpoint, or a set of safetensors files
+
+A plan is concrete: which elements of which tensors become which boxes of which outputs, through which arithmetic. It is
+compact because a stack of thousands of tensors is one `Part` with a loop over its list of tensors (`ckptc.ops.nest`),
+and because layers that are alike share a kind.
+
+The records are their own JSON (`ckptc.plan.json`): types and bounds are checked when it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-from math import prod
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Meta
 
-from ckptc.ops.nest import Part
-from ckptc.ops.types import itemsize
+from ckptc.ops.nest import AxisMap
+from ckptc.plan.kinds import (
+    Array,
+    Beside,
+    Box,
+    Content,
+    Count,
+    Decode,
+    Digest,
+    Exactness,
+    Kind,
+    MeshAxis,
+    Name,
+    Operand,
+    Output,
+    Positive,
+    Record,
+    Row,
+    Sizes,
+    Spec,
+    Stored,
+    boxes,
+    tabulated,
+)
 
-if TYPE_CHECKING:
-    from ckptc.plan.outputs import Outputs
-
-FORMAT = 2  # raised when a plan of an older ckptc can no longer be run
-
-Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
+FORMAT = 4  # raised when a plan of an older ckptc can no longer be run
 
 
-class File(Struct, frozen=True, forbid_unknown_fields=True):
-    """A shard file as it was when the plan was made. `name` is relative to the source directory."""
+class File(Record, frozen=True):
+    """A file as it was when the plan was made."""
+
+    name: Name  # relative to the source's directory, with forward slashes
+    size: Count  # bytes
+    header: Digest  # of a safetensors file's header; of all of a file of metadata, and of a companion
+    content: str = ""  # what tells it from other weights under this header, such as "sampled-sha256:<hex>"; "": nothing
+
+
+class Source(Record, frozen=True):
+    """A checkpoint that tensors are read from."""
+
+    format: Literal["safetensors", "orbax"]
+    files: tuple[File, ...] = ()  # that hold tensors, or an Orbax checkpoint's metadata
+    digest: Digest | None = None  # of all of them; None of a plan that was made without a checkpoint and cannot be run
+
+
+class Tensor(Row, frozen=True):
+    """A stored tensor: bytes `begin` to `end` of a file; or, of an Orbax checkpoint, the array of this name, all of its
+    bytes. Without a checkpoint at hand `file` is -1 and the offsets count from the tensor's own start."""
 
     name: str
-    size: int  # bytes
-    header: str  # "sha256:<hex>" of its header
-    content: str = (
-        ""  # what tells it from other weights under this header: "<kind>:<value>", such as a digest of samples
-    )
-
-
-class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
-    """A source tensor. Without a checkpoint at hand `file` is -1 and the offsets count from the tensor's own start."""
-
-    name: str
-    file: int
-    begin: int  # absolute byte offsets in the file
-    end: int
-
-
-class Source(Struct, frozen=True, forbid_unknown_fields=True):
-    """Equally shaped tensors that an array reads: positions in `Plan.tensors`. With `decode`, they are stored codes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    tensors: tuple[int, ...]
-    decode: Decode | None = None
+    file: Annotated[int, Meta(ge=-1)]  # position among the source's files; -1: no range of a file
+    begin: Count
+    end: Count
+    source: Count = 0  # position in `Plan.sources`
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one tensor as stored."""
-        return prod(self.shape) * itemsize(self.dtype)
+        return self.end - self.begin
+
+
+class Orbax(Record, frozen=True, tag_field="format", tag="orbax"):
+    """An Orbax checkpoint: outputs are its arrays, in the order of their paths."""
+
+    mesh: tuple[tuple[MeshAxis, Positive], ...] = ()  # the device mesh that arrays are sharded for
+    compression: str = "none"  # of chunks: or "zstd:<level>", "blosc-lz4"
+    link: bool = False  # whether chunks that lie in source files stay there
+
+
+class OutputFile(Row, frozen=True):
+    """One safetensors file: the next `count` outputs, one after the other, behind `header` bytes."""
+
+    name: str
+    size: Count  # bytes
+    header: Count  # bytes
+    count: Positive
+
+
+class Safetensors(Record, frozen=True, tag_field="format", tag="safetensors"):
+    """A set of safetensors files, and what goes beside them: outputs are their tensors, in the order of the files."""
+
+    files: tuple[OutputFile, ...]
+    config: dict[str, Any]  # config.json
+    companions: tuple[File, ...] = ()  # copied from the original's directory
+
+
+class Padding(Record, frozen=True):
+    """A region of a stored array that no output has a place for: it should hold `value` everywhere."""
+
+    tensor: Count  # position in `Plan.tensors`
+    array: Stored
+    axes: tuple[AxisMap, ...]  # the region's indices along each axis
+    axis: Count  # along which its rows are counted
+    value: float
 
     @property
-    def kind(self) -> Source:
-        """The source without its tensors: all that arrays of different layers have in common."""
-        return replace(self, tensors=(), decode=self.decode and self.decode.kind)
-
-    @property
-    def elements(self) -> int:
-        """Elements of one tensor, decoded."""
-        return prod(self.decode.shape if self.decode else self.shape)
+    def rows(self) -> int:
+        return self.axes[self.axis].size if self.axes else 1
 
 
-class Beside(Struct, frozen=True, forbid_unknown_fields=True):
-    """Tensors that decoding needs beside the codes, one for each tensor of codes (`ckptc.ops.codes`)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    tensors: tuple[int, ...]
-
-
-class Decode(Struct, frozen=True, forbid_unknown_fields=True):
-    """How codes become numbers: a code by name with its settings, and what is beside the tensors of codes."""
-
-    code: str
-    settings: tuple[tuple[str, int | bool | str | tuple[int, ...]], ...]
-    shape: tuple[int, ...]  # of the weight that a tensor decodes to
-    beside: tuple[Beside, ...]
-
-    @property
-    def kind(self) -> Decode:
-        """The same without its tensors."""
-        return replace(self, beside=tuple(replace(b, tensors=()) for b in self.beside))
-
-
-class Exactness(Struct, frozen=True, forbid_unknown_fields=True):
-    """How near an exported tensor is to the one that was converted, if nothing has changed it since.
-
-    Equal bit for bit where the original's magnitude is above `above` (None: nowhere), else |difference| is at most
-    `relative` · |original| + `absolute`. Exact altogether: `above` is 0.
-    """
-
-    above: float | None = 0.0
-    relative: float = 0.0
-    absolute: float = 0.0
-
-
-class Content(Struct, frozen=True, forbid_unknown_fields=True):
-    """What an array holds, however it is stored. Its sources are kinds: arrays that differ in their tensors alone have
-    equal contents, and what follows from those is worked out once."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    sources: tuple[Source, ...]
-    parts: tuple[Part, ...]
-
-
-class Array(Struct, frozen=True, forbid_unknown_fields=True):
-    """A target array: what it is, how it is stored, and what it is made of."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    chunk: tuple[int, ...]  # storage chunk; the last along an axis may be cut short
-    unit: tuple[int, ...]  # what is read and written at once: whole chunks, or up to the array's edge
-    shards: tuple[int, ...]  # shards along each axis, for the sharding metadata
-    axes: tuple[str | None, ...]  # logical axis names, where the mapping or the target gives them
-    rule: str
-    ops: tuple[str, ...]  # the rule's ops as text, for people
-    sources: tuple[Source, ...]
-    parts: tuple[Part, ...]  # cover the array once; `Part.source` is a position in `sources`
-    spec: tuple[tuple[str, ...], ...] = ()  # of each axis, the mesh axes that shard it; () without a mesh, or for none
-    indivisible: tuple[tuple[str, ...], ...] = ()  # and those that would, but that do not divide it; () for none
-    link: tuple[int, ...] | None = None  # the axes, slowest first, in the order that chunks are stored in; then chunks
-    # that lie so in a source file are linked, not made (`ckptc.plan.links`)
-    stored: tuple[int, ...] = ()  # the chunk as it is stored, where that is larger than `chunk`, which is then what is
-    # written of it at once (`ckptc.plan.stored`)
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.path)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * itemsize(self.dtype)
-
-    @property
-    def content(self) -> Content:
-        return Content(self.shape, self.dtype, tuple(s.kind for s in self.sources), self.parts)
-
-    def units(self) -> Iterator[Box]:
-        """The units' boxes, row-major."""
-        return boxes(self.shape, self.unit)
-
-
-def boxes(shape: tuple[int, ...], unit: tuple[int, ...]) -> Iterator[Box]:
-    """Boxes of the shape `unit`, or up to the edge, that cover `shape`: row-major."""
-    for corner in product(*(range(0, n, u) for n, u in zip(shape, unit, strict=True))):
-        yield tuple((c, min(c + u, n)) for c, u, n in zip(corner, unit, shape, strict=True))
-
-
-class LeftOut(Struct, frozen=True, forbid_unknown_fields=True):
+class LeftOut(Record, frozen=True):
     """Source tensors that are not converted: the mapping's pattern and reason, and how many there are."""
 
     pattern: str
     reason: str
-    tensors: int
-    bytes: int
+    tensors: Annotated[int, Meta(ge=0)] = 0
+    bytes: Annotated[int, Meta(ge=0)] = 0
 
 
-class Totals(Struct, frozen=True, forbid_unknown_fields=True):
-    arrays: int
-    tensors: int
-    parameters: int  # elements of all target arrays
-    read_bytes: int
-    write_bytes: int
-    peak_memory_bytes: int  # of a worker's buffers, of which each has room for the largest use of it
-    linked_bytes: int = 0  # of `write_bytes`, what is not written: it stays in the source's files
-    reread_bytes: int = 0  # of `read_bytes`, what is read a second time, or a third
+class Totals(Record, frozen=True):
+    arrays: Count  # outputs
+    tensors: Count  # stored ones that are read
+    parameters: Count  # elements of all outputs
+    read_bytes: Count
+    write_bytes: Count
+    peak_memory_bytes: Count  # of a worker's buffers, of which each has room for the largest use of it
+    linked_bytes: Annotated[int, Meta(ge=0)] = 0  # of `write_bytes`, what stays in the source's files
+    reread_bytes: Annotated[int, Meta(ge=0)] = 0  # of `read_bytes`, what is read a second time, or a third
 
 
-class Made(Struct, frozen=True, forbid_unknown_fields=True):
-    """What made the plan, by name and digest ("sha256:<hex>")."""
+class Made(Record, frozen=True):
+    """What made the plan, by name and digest."""
 
     ckptc: str
     model: str
     family: str
     repo: str
-    mapping: str  # digest of the mapping's text
-    source: str | None  # digest of all files' names, sizes, headers and contents; None without a checkpoint
-    kind: str = "import"  # or "export": from Orbax to safetensors
+    mapping: Digest  # of the mapping's text
 
 
-class Choices(Struct, frozen=True, forbid_unknown_fields=True):
+class Choices(Record, frozen=True):
     """The options the plan was compiled with, and the dims they gave."""
 
-    layout: str
+    layout: str  # of layers: scanned, unscanned
     dtype: str
     multimodal: bool
-    shards: int
-    memory: int
+    memory: Count
     naming: str  # which of the mapping's `sources`
-    dims: tuple[tuple[str, int | float | str | bool], ...]
-    mesh: tuple[tuple[str, int], ...] = ()  # axes of the device mesh that arrays are sharded for, and their sizes
-    compression: str = "none"  # of chunks: or "zstd:<level>", "blosc-lz4"
-    link: bool = False  # whether chunks that lie in source files stay there
-    scan_axis: int = 1  # the axis that stacked layers are
+    dims: dict[str, int | float | str | bool | list[Any]]
+    shards: Count = 0
+    scan_axis: Annotated[int, Meta(ge=0)] = 1  # the axis that stacked layers are
     pipeline: str = ""  # how layers are divided into stages: "stages=4,layers_per_stage=2"
 
 
-class Plan(Struct, frozen=True, forbid_unknown_fields=True):
+class Plan(Record, frozen=True, dict=True):
     made: Made
     choices: Choices
-    files: tuple[File, ...]
-    tensors: tuple[Tensor, ...]
-    arrays: tuple[Array, ...]  # in the order of their paths; none of an export, which has `outputs`
-    left_out: tuple[LeftOut, ...]
     totals: Totals
-    outputs: Outputs | None = None  # of an export
+    sources: Annotated[tuple[Source, ...], Meta(min_length=1)]
+    layout: Orbax | Safetensors
+    left_out: tuple[LeftOut, ...]
+    kinds: tuple[Kind, ...]
+    outputs: tuple[Output, ...]
+    tensors: tuple[Tensor, ...]
+    batches: tuple[tuple[Count, ...], ...] = ()  # outputs of one kind that are made together, from chunks they share;
+    # (): each by itself
+    padding: tuple[Padding, ...] = ()
+    twins: tuple[Output, ...] = ()  # where sources hold an output again: what they say, to be compared
+    notes: tuple[str, ...] = ()  # for people: what differs from the original, and why
+
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """The outputs, each with all that its kind says."""
+        return tuple(Array.of(self.kinds[o.kind], o) for o in self.outputs)
+
+    @property
+    def source(self) -> str | None:
+        """The digest of the first source; None of a plan that names no bytes to read."""
+        return self.sources[0].digest
+
+
+__all__ = [
+    "FORMAT",
+    "Array",
+    "Beside",
+    "Box",
+    "Choices",
+    "Content",
+    "Count",
+    "Decode",
+    "Digest",
+    "Exactness",
+    "File",
+    "Kind",
+    "LeftOut",
+    "Made",
+    "MeshAxis",
+    "Name",
+    "Operand",
+    "Orbax",
+    "Output",
+    "OutputFile",
+    "Padding",
+    "Plan",
+    "Positive",
+    "Record",
+    "Row",
+    "Safetensors",
+    "Sizes",
+    "Source",
+    "Spec",
+    "Stored",
+    "Tensor",
+    "Totals",
+    "boxes",
+    "tabulated",
+]

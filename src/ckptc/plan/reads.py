@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ckptc.ops.codes import RowLayout, Setting, code_of
 from ckptc.ops.nest import Factor, Part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Source
+from ckptc.plan.model import Stored
 
 WASTE = 2  # a run may be read with gaps as long as it is at most this many times the bytes needed
 GAP = 1 << 14  # elements: a longer gap is skipped, since a read of its own costs less than reading over it
@@ -125,8 +125,8 @@ class BesideNeed:
     bytes: int  # of all tensors
 
 
-def need(part: Part, source: Source) -> Need:
-    """What a part with a source needs."""
+def need(part: Part, source: Stored) -> Need:
+    """What a part needs of a source of which any range can be read."""
     tensors, decode = tensors_of(part), source.decode
     count, item = len(tensors), itemsize(source.dtype)
     if decode is None:

@@ -18,10 +18,10 @@ from msgspec.structs import replace
 
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Box
-from ckptc.plan.outputs import PAGE, Kind, Padding
+from ckptc.plan.files import PAGE
+from ckptc.plan.model import Box, Kind, Padding
 
-PIECE = 4 << 20  # bytes of a tensor that are made and written at once
+PIECE = 4 << 20  # bytes of an output that are made and written at once, where its layout has no chunks
 
 Numbers = npt.NDArray[Any]
 
@@ -106,14 +106,16 @@ def _join(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, i
 
 
 def needs(kind: Kind, begins: Numbers, box: Box) -> Iterator[tuple[int, Region]]:
-    """What the same box of each of some tensors of a kind needs of each source: its position among the kind's, and the
-    region for all of the tensors.
+    """What the same box of each of some outputs of a kind needs of each source of chunks: its position among the
+    kind's, and the region for all of the outputs.
 
-    `begins`: where they begin in the stored arrays, int64[tensors, sources].
+    `begins`: where they begin in the stored arrays, int64[outputs, sources].
     """
     found: dict[int, list[Region]] = {}
     for part in kind.parts:
-        source = part.source or 0
+        source = part.source
+        if source is None or kind.sources[source].chunk is None:
+            continue
         for inside in restrict_part(part, box):
             shape = kind.sources[source].shape
             found.setdefault(source, []).append(_spread(inside, begins[:, source], shape))
@@ -159,32 +161,28 @@ def place_in(element: int, shape: Sequence[int], box: Region) -> int:
     return at
 
 
-def pieces(box: Box, item: int) -> Iterator[Box]:
-    """A box cut along its first axis into pieces of at most PIECE bytes, or of one index: `item` bytes an element. Where
-    several fit, they are of whole pages, so that each can be written directly from where it is.
+def piece(unit: Sequence[int], item: int) -> tuple[int, ...]:
+    """The shape of the pieces in which a box of this shape is made and written: cut along its first axis, of at most
+    PIECE bytes or of one index; `item` bytes an element. Where several indices fit, pieces are of whole pages, so that
+    each can be written directly from where it is.
     """
-    if not box:
-        yield box
-        return
-    (low, high), *rest = box
-    row = prod(b - a for a, b in rest) * item
+    if not unit:
+        return ()
+    row = prod(unit[1:]) * item
     step, whole = max(1, PIECE // row), PAGE // gcd(row, PAGE)
     step -= step % whole if step > whole else 0
-    for at in range(low, high, step):
-        yield ((at, min(at + step, high)), *rest)
+    return (min(unit[0], step), *unit[1:])
 
 
-def made_bytes(kind: Kind, box: Box) -> int:
-    """Bytes of buffers in which a box of a tensor is made: two pieces."""
-    item = itemsize(kind.dtype)
-    first = next(pieces(box, item))
-    return 2 * prod(high - low for low, high in first) * item
+def made_bytes(unit: Sequence[int], item: int) -> int:
+    """Bytes of buffers in which a box of this shape is made: two pieces."""
+    return 2 * prod(piece(unit, item)) * item
 
 
 def padding_bytes(padding: Padding) -> int:
     """Bytes of the chunks that are decoded to look at all of some padding, each once."""
     array = padding.array
-    return padding_region(padding).chunked(array.chunk, array.shape) * itemsize(array.dtype)
+    return padding_region(padding).chunked(array.chunk or array.shape, array.shape) * itemsize(array.dtype)
 
 
 def padding_region(padding: Padding) -> Region:

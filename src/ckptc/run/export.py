@@ -19,9 +19,10 @@ from pathlib import Path
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.source import SourceFile
-from ckptc.plan.model import Plan
-from ckptc.plan.outputs import INDEX, Outputs, config_text, header, index
-from ckptc.run.exporter import Exporter, units
+from ckptc.plan.files import headers, texts
+from ckptc.plan.model import Plan, Safetensors
+from ckptc.plan.order import forwards
+from ckptc.run.exporter import Exporter
 from ckptc.run.forked_call import apart, can_fork
 from ckptc.run.journal import output_error
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
@@ -79,30 +80,29 @@ def export(
     write.
     """
     started = time.perf_counter()
-    outputs = plan.outputs
-    assert outputs is not None and plan.made.kind == "export"
-    items = find_step(source or located(plan.made.source or "", "the plan's checkpoint lies", "--source")).items
-    files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.files]
+    layout = plan.layout
+    assert isinstance(layout, Safetensors)
+    items = find_step(source or located(plan.source or "", "the plan's checkpoint lies", "--source")).items
+    files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files]
     before = statuses_of(items, files)
     check_saved(items, files)
     if plain is None:
         plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
-    copies = _companions(outputs, companions, items)
+    copies = _companions(layout, companions, items)
     _refuse_to_overwrite(output, items, [*({companions} if companions else ()), *(p.parent for p in copies.values())])
-    specs = [FileSpec(f.name, f.size, header(outputs.of_file(n), outputs.kinds)) for n, f in enumerate(outputs.files)]
-    texts = {INDEX: index(outputs)} if len(outputs.files) > 1 else {}
+    specs = [FileSpec(f.name, f.size, begin) for f, begin in zip(layout.files, headers(plan, layout), strict=True)]
     try:
         with CheckpointWriter(output, specs, force=force) as writer:
             check_room(output, sum(f.size for f in specs))
             writer.create()
-            sums = Sums(noted_sums(items), _read_arrays(plan, outputs))
-            work = _Work(plan, outputs, partial(open_reader, items, plain, sums), output, writer, jobs)
+            sums = Sums(noted_sums(items), _read_arrays(plan))
+            work = _Work(plan, partial(open_reader, items, plain, sums), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
             _check_undisturbed(items, files, before)  # before what differs is called damage
             work.compare(sums)
             _check_undisturbed(items, files, before)
-            writer.commit({**texts, "config.json": config_text(outputs.config)}, copies)
+            writer.commit(texts(plan, layout), copies)
     except OSError as error:  # not of reading, which says so itself
         raise output_error(output, error, again="") from None
     seconds = time.perf_counter() - started
@@ -112,13 +112,13 @@ def export(
     )  # fmt: skip
 
 
-def _read_arrays(plan: Plan, outputs: Outputs) -> Iterator[Summed]:
+def _read_arrays(plan: Plan) -> Iterator[Summed]:
     """The arrays that an export reads."""
-    for tensor in (*outputs.tensors, *outputs.twins):
-        for number, stored in zip(tensor.arrays, outputs.kinds[tensor.kind].sources, strict=True):
-            yield Summed(plan.tensors[number].name, stored.shape, stored.dtype, stored.chunk)
-    for p in outputs.padding:
-        yield Summed(plan.tensors[p.tensor].name, p.array.shape, p.array.dtype, p.array.chunk)
+    for output in (*plan.outputs, *plan.twins):
+        for number, stored in zip(output.tensors, plan.kinds[output.kind].sources, strict=True):
+            yield Summed(plan.tensors[number].name, stored.shape, stored.dtype, stored.chunk or stored.shape)
+    for p in plan.padding:
+        yield Summed(plan.tensors[p.tensor].name, p.array.shape, p.array.dtype, p.array.chunk or p.array.shape)
 
 
 def _check_undisturbed(items: Path, files: list[SourceFile], before: dict[str, Status]) -> None:
@@ -138,32 +138,31 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
-        outputs: Outputs,
         reader: Callable[[], ArrayReader],
         output: Path,
         writer: CheckpointWriter,
         jobs: int,
     ) -> None:
-        self.plan, self.outputs, self.reader, self.output, self.writer = plan, outputs, reader, output, writer
+        self.plan, self.reader, self.output, self.writer = plan, reader, output, writer
         fitting = plan.choices.memory // max(1, worker_bytes(plan.totals.peak_memory_bytes))
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
         self.read = self.again = 0
         context = mp.get_context("fork")
-        self.differ = context.Array("b", len(outputs.twins), lock=False)  # whether a twin says other things
-        self.trained = context.Array("q", len(outputs.padding), lock=False)  # rows of a padding
+        self.differ = context.Array("b", len(plan.twins), lock=False)  # whether a twin says other things
+        self.trained = context.Array("q", len(plan.padding), lock=False)  # rows of a padding
 
     def make_tensors(self, on_progress: Callable[[Progress], None]) -> None:
-        todo, total = units(self.outputs), self.plan.totals.write_bytes
+        todo, total = forwards(self.plan), self.plan.totals.write_bytes
 
         def watch(shared: Shared) -> None:
-            name = self.outputs.tensors[self.outputs.batches[todo[shared.unit].batch][0]].name
+            name = self.plan.outputs[todo[shared.unit].outputs[0]].name
             on_progress(Progress(shared.written, total, name))
 
         self._spread(len(todo), lambda exporter, number: exporter.make(todo[number]), watch)
 
     def look_at_the_rest(self) -> None:
         """Twins and padding: neither stops an export, both are said in its report."""
-        twins = len(self.outputs.twins)
+        twins = len(self.plan.twins)
 
         def look(exporter: Exporter, number: int) -> int:
             if number < twins:
@@ -172,7 +171,7 @@ class _Work:
                 self.trained[number - twins] = exporter.trained_rows(number - twins)
             return 0
 
-        self._spread(twins + len(self.outputs.padding), look, lambda shared: None)
+        self._spread(twins + len(self.plan.padding), look, lambda shared: None)
 
     def compare(self, sums: Sums) -> None:
         """Raises `checksum-differs`, for each array that has not the checksum it was written with."""
@@ -199,7 +198,7 @@ class _Work:
             try:
                 with (
                     closing(self.reader()) as reader,
-                    Exporter(self.plan, self.outputs, reader, self.writer) as exporter,
+                    Exporter(self.plan, reader, self.writer) as exporter,
                 ):
                     while (number := shared.take()) < count:
                         written += make(exporter, number)
@@ -224,13 +223,13 @@ class _Work:
     def warnings(self) -> Iterator[str]:
         """What is to be said of tensors that are stored twice and of padding."""
         differ: dict[str, list[str]] = {}
-        for twin, differs in zip(self.outputs.twins, self.differ, strict=True):
+        for twin, differs in zip(self.plan.twins, self.differ, strict=True):
             if differs:
-                differ.setdefault(self.outputs.kinds[twin.kind].rule, []).append(twin.name)
+                differ.setdefault(self.plan.kinds[twin.kind].rule, []).append(twin.name)
         for rule, names in differ.items():
             count = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
             yield f"`{rule}` holds {count} of another array with other values: {names[0]}; the other array's are taken"
-        for padding, rows in zip(self.outputs.padding, self.trained, strict=True):
+        for padding, rows in zip(self.plan.padding, self.trained, strict=True):
             if rows:
                 name = self.plan.tensors[padding.tensor].name
                 yield (
@@ -255,26 +254,26 @@ def _refuse_to_overwrite(output: Path, items: Path, read: list[Path]) -> None:
         raise fail("output-exists", message, help="choose another --output")
 
 
-def companions_digest(outputs: Outputs) -> str:
+def companions_digest(layout: Safetensors) -> str:
     """By which a machine remembers where the files to copy lie."""
-    return "companions " + " ".join(f.header for f in outputs.companions)
+    return "companions " + " ".join(f.header for f in layout.companions)
 
 
-def _companions(outputs: Outputs, directory: Path | None, items: Path) -> dict[str, Path]:
+def _companions(layout: Safetensors, directory: Path | None, items: Path) -> dict[str, Path]:
     """The files to copy: from `directory`, else from what the checkpoint has kept, else from where this machine last saw
     them. Raises `unknown-source`, `missing-directory` or `source-changed`.
     """
-    if not outputs.companions:
+    if not layout.companions:
         return {}
-    if directory is None and all((items / KEPT / f.name).is_file() for f in outputs.companions):
+    if directory is None and all((items / KEPT / f.name).is_file() for f in layout.companions):
         directory = items / KEPT
     if directory is None:
-        what = f"{outputs.companions[0].name} and other files of the original lie"
-        directory = located(companions_digest(outputs), what, "--config-from")
-    require_directory(directory, f"give the directory with {outputs.companions[0].name}")
-    for file in outputs.companions:
+        what = f"{layout.companions[0].name} and other files of the original lie"
+        directory = located(companions_digest(layout), what, "--config-from")
+    require_directory(directory, f"give the directory with {layout.companions[0].name}")
+    for file in layout.companions:
         if identify(directory, file.name) != SourceFile(file.name, file.size, file.header):
             raise fail(
                 "source-changed", f"`{file.name}` is not the file the plan was made from", help="compile the plan again"
             )
-    return {file.name: directory / file.name for file in outputs.companions}
+    return {file.name: directory / file.name for file in layout.companions}

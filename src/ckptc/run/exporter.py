@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,11 @@ from msgspec.structs import replace
 
 from ckptc.ops.nest import Part, restrict_part
 from ckptc.ops.types import itemsize, numpy_dtype
-from ckptc.plan.model import Box, Plan
-from ckptc.plan.outputs import Exported, Kind, Outputs, Padding, Stored
-from ckptc.plan.regions import Region, indices, made_bytes, needs, padding_region, pieces, place_in, within
+from ckptc.plan.files import places
+from ckptc.plan.model import Box, Kind, Output, Padding, Plan, Safetensors, Stored, boxes
+from ckptc.plan.needs import begins_of
+from ckptc.plan.order import Unit, kind_of
+from ckptc.plan.regions import Region, indices, made_bytes, needs, padding_region, place_in, within
 from ckptc.run.kernel import Conversion, Kernel, Loop
 from ckptc.run.worker import target_loops
 from ckptc.storage.checkpoint.orbax_reader import ArrayReader
@@ -41,40 +43,19 @@ SLAB = 64 << 20  # bytes of padding looked at at once
 Values = npt.NDArray[Any]
 
 
-class Unit(NamedTuple):
-    """What is made at once: the same box of each tensor of a batch."""
-
-    batch: int
-    box: Box
-
-
-def units(outputs: Outputs) -> list[Unit]:
-    """The units of an export, in the order in which they read the stored arrays forwards."""
-    found = []
-    for number, batch in enumerate(outputs.batches):
-        first = outputs.tensors[batch[0]]
-        kind = outputs.kinds[first.kind]
-        part = kind.parts[0]
-        source = part.source or 0
-        for box in kind.units():
-            inside = restrict_part(part, box)
-            begin = first.begins[source] + (inside[0].base if inside else part.base)
-            found.append((first.arrays[source], begin, Unit(number, box)))
-    return [unit for *_, unit in sorted(found)]
-
-
 class Exporter:
     """Makes the tensors of one plan, each unit by itself. Not for several threads."""
 
-    def __init__(self, plan: Plan, outputs: Outputs, reader: ArrayReader, writer: CheckpointWriter) -> None:
-        self.plan, self.outputs, self.reader, self.writer = plan, outputs, reader, writer
+    def __init__(self, plan: Plan, reader: ArrayReader, writer: CheckpointWriter) -> None:
+        assert isinstance(plan.layout, Safetensors)
+        self.plan, self.reader, self.writer = plan, reader, writer
         self.kernel = Kernel()
         self._held = np.empty(0, dtype=np.uint8)  # boxes of stored arrays
         self._made = [np.empty(0, dtype=np.uint8)] * 2  # pieces of tensors: one is made while the other is written
         self._turn = 0  # which of them the next piece is made in
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
-        self._places = outputs.places()
+        self._places = places(plan, plan.layout)
 
     @property
     def held_bytes(self) -> int:
@@ -85,9 +66,8 @@ class Exporter:
         """Writes a unit; returns how many bytes that were. The last of them may be written, or fail to be, only when the
         next unit is made, or the exporter is left.
         """
-        batch, box = self.outputs.batches[unit.batch], unit.box
-        tensors = [self.outputs.tensors[n] for n in batch]
-        kind = self.outputs.kinds[tensors[0].kind]
+        batch, box = unit
+        tensors, kind = [self.plan.outputs[n] for n in batch], kind_of(self.plan, unit)
         written = 0
         for number, piece, values in self._boxes(tensors, kind, box):
             file, begin = self._places[batch[number]]
@@ -114,11 +94,11 @@ class Exporter:
         finally:
             self._thread.shutdown()
 
-    def _boxes(self, tensors: Sequence[Exported], kind: Kind, box: Box) -> Iterator[tuple[int, Box, Values]]:
+    def _boxes(self, tensors: Sequence[Output], kind: Kind, box: Box) -> Iterator[tuple[int, Box, Values]]:
         """The same box of each of some tensors of a kind, in pieces: the tensor's position, the piece, its values. What
         all of them need of the stored arrays is read at once. Values last until the next but one are made.
         """
-        begins = np.array([t.begins for t in tensors], dtype=np.int64)
+        begins = begins_of(tensors, len(kind.sources))
         regions = dict(needs(kind, begins, box))
         item = itemsize(kind.dtype)
         sizes = {s: r.size * itemsize(kind.sources[s].dtype) for s, r in regions.items()}
@@ -129,38 +109,38 @@ class Exporter:
             source = kind.sources[s]
             held[s] = self._held[used : used + sizes[s]].view(numpy_dtype(source.dtype))
             used += sizes[s]
-            room = self._held.nbytes + made_bytes(kind, box)
-            self._read(tensors[0].arrays[s], source, r, held[s].reshape(r.shape), room)
-        for piece in pieces(box, item):
+            room = self._held.nbytes + made_bytes([high - low for low, high in box], item)
+            self._read(tensors[0].tensors[s], source, r, held[s].reshape(r.shape), room)
+        for piece in boxes(box, kind.chunk):
             shape = tuple(high - low for low, high in piece)
             copies = [
                 _Copy.of(inside, kind, regions[part.source or 0], shape)
                 for part in kind.parts
                 for inside in restrict_part(part, piece)
             ]
-            for number, tensor in enumerate(tensors):
+            for number, start_at in enumerate(begins.tolist()):
                 turn, self._turn = self._turn, 1 - self._turn
                 self._made[turn] = made = grown(self._made[turn], prod(shape) * item)
                 flat = made[: prod(shape) * item].view(numpy_dtype(kind.dtype))
                 for copy in copies:
                     s = copy.source
-                    start = place_in(copy.base + tensor.begins[s], kind.sources[s].shape, regions[s])
+                    start = place_in(copy.base + start_at[s], kind.sources[s].shape, regions[s])
                     self.kernel.copy(held[s], start, flat, copy.at, copy.loops, copy.conversion)
                 yield number, piece, flat.reshape(shape)
 
     def _read(self, tensor: int, stored: Stored, region: Region, out: Values, used: int) -> None:
         path = tuple(self.plan.tensors[tensor].name.split("/"))
         room = max(0, min(self.plan.choices.memory - used, IN_FLIGHT))
-        self.reader.read(path, region.axes, stored.chunk, out, room)
+        self.reader.read(path, region.axes, stored.chunk or stored.shape, out, room)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        return {t.name: n for n, t in enumerate(self.outputs.tensors)}
+        return {t.name: n for n, t in enumerate(self.plan.outputs)}
 
     def twin_differs(self, number: int) -> bool:
         """Whether a stored array says other things of a tensor than the one that was taken."""
-        twin = self.outputs.twins[number]
-        kind = self.outputs.kinds[twin.kind]
+        twin = self.plan.twins[number]
+        kind = self.plan.kinds[twin.kind]
         file, begin = self._places[self._numbers[twin.name]]
         for box in kind.units():
             for _, piece, values in self._boxes([twin], kind, box):
@@ -173,7 +153,7 @@ class Exporter:
 
     def trained_rows(self, number: int) -> int:
         """How many rows of a padding have other values than padding has."""
-        padding = self.outputs.padding[number]
+        padding = self.plan.padding[number]
         most = min(self.plan.choices.memory // 4, SLAB)
         return sum(self._trained_rows(padding, *slab) for slab in _slabs(padding, most))
 

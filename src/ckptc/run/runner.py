@@ -23,7 +23,7 @@ from ckptc.run.output import LocalOutput, Output, Unfinished
 from ckptc.run.preflight import check_memory, check_sha256, check_source
 from ckptc.run.remote import RemoteOutput
 from ckptc.run.sources import Sighting
-from ckptc.run.work import Progress, Work, copied
+from ckptc.run.work import Progress, Work, copied, orbax
 from ckptc.storage.checkpoint.companions import KEPT, kept, to_keep
 from ckptc.storage.checkpoint.orbax_writer import finish
 from ckptc.storage.checkpoint.steps import require_directory
@@ -87,7 +87,7 @@ def run(
     where = output_at(output, plan)
     where.check()
     directory = find_source(plan, source)
-    files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.files]
+    files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files]
     check_memory(plan, where.held())
     seen = Sighting.of(directory, files)
     check_source(plan, directory, files)
@@ -161,7 +161,7 @@ def _lead(
                         final=output.step,
                         started=unfinished.started,
                         writers=writers,
-                        mesh=plan.choices.mesh or ONE_DEVICE,
+                        mesh=orbax(plan).mesh or ONE_DEVICE,
                         linked=linked.chunks,
                         linked_files=list(linked.files),
                         beside=beside(),
@@ -226,7 +226,7 @@ def in_pieces(plan: Plan) -> Plan:
 
 def find_source(plan: Plan, source: Path | None) -> Path:
     """The directory with the plan's files: the one given, else the one this machine last compiled them from."""
-    if plan.made.source is None:
+    if plan.source is None:
         raise fail(
             "abstract-plan", "the plan was made without a checkpoint: it names no bytes to read",
             help=f"compile it again with `--source DIR`, a checkpoint of {plan.made.repo}",
@@ -234,16 +234,17 @@ def find_source(plan: Plan, source: Path | None) -> Path:
     if source is not None:
         require_directory(source, "give the directory with the plan's files")
         return source
-    return located(plan.made.source, "the plan's checkpoint lies", "--source")
+    return located(plan.source, "the plan's checkpoint lies", "--source")
 
 
 def kept_files(plan: Plan, directory: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """What an export of the checkpoint will need of its source, by names below `items`."""
     dtypes: dict[str, list[str]] = {}
     for source in (s for a in plan.arrays for s in a.sources):
-        dtypes.setdefault(source.dtype, []).extend(plan.tensors[n].name for n in source.tensors)
-        for beside in source.decode.beside if source.decode else ():
-            dtypes.setdefault(beside.dtype, []).extend(plan.tensors[n].name for n in beside.tensors)
+        dtypes.setdefault(source.stored.dtype, []).extend(plan.tensors[n].name for n in source.tensors)
+        kinds = source.stored.decode.beside if source.stored.decode else ()
+        for beside, column in zip(kinds, source.beside, strict=True):
+            dtypes.setdefault(beside.dtype, []).extend(plan.tensors[n].name for n in column)
     by_name = {dtype: sorted(set(tensors)) for dtype, tensors in sorted(dtypes.items())}
     for name, content in kept(directory, names, by_name):
         yield f"{KEPT}/{name}", content
@@ -265,7 +266,7 @@ def custom_metadata(plan: Plan, digest: str, sums: dict[int, int], linked: Linke
         "ckptc": {
             "version": plan.made.ckptc, "model": plan.made.model, "family": plan.made.family, "dims": dict(plan.choices.dims),
             "multimodal": plan.choices.multimodal,
-            "mapping": plan.made.mapping, "source": plan.made.source, "plan": digest,
+            "mapping": plan.made.mapping, "source": plan.source, "plan": digest,
             "checksum": checksum.NAME, "checksums": sealed, **pieces, **linked.metadata(plan),
         },
     }  # fmt: skip

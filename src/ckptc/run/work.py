@@ -14,8 +14,8 @@ from ckptc.diagnostics import fail
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.links import links
-from ckptc.plan.model import Array, Box, Plan
-from ckptc.plan.order import forwards
+from ckptc.plan.model import Array, Box, Orbax, Plan
+from ckptc.plan.order import forwards, written
 from ckptc.plan.stored import axis_order, file_bytes, places
 from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, divided
@@ -76,8 +76,7 @@ class Work:
 
     def _size(self, number: int) -> int:
         """Bytes of the arrays that a unit makes."""
-        unit = self.units[number]
-        return prod(high - low for low, high in unit.box) * itemsize(self.plan.arrays[unit.array].dtype)
+        return written(self.plan, self.units[number])
 
     @property
     def to_write(self) -> int:
@@ -88,10 +87,10 @@ class Work:
         disk fills up after all, what is done is kept.
         """
         sizes = [prod(s.chunk) * itemsize(s.dtype) for s in self.specs]
-        made = [prod(g) - links(a).cells.size for a, g in zip(self.plan.arrays, self.grids, strict=True)]
+        made = [prod(g) - links(a.kind).cells.size for a, g in zip(self.plan.arrays, self.grids, strict=True)]
         stored = sum(place(size, size) * n for size, n in zip(sizes, made, strict=True))
         kept = sum(e.length for state in self.unfinished.writers.values() for e in state.entries)
-        if self.plan.choices.compression != NONE:
+        if orbax(self.plan).compression != NONE:
             stored //= COMPRESSED_LEAST
         if self.large.size and self.unfinished.place.holds(f"items/{LARGE_FILE}", self.large.size):
             kept += self.large.size  # it has its room since it was begun
@@ -104,7 +103,7 @@ class Work:
         def watch() -> None:
             self.peers.check()
             unit = self.units[self.todo[min(self.shared.unit, len(self.todo) - 1)] if self.todo else -1]
-            name = self.plan.arrays[unit.array].name
+            name = self.plan.outputs[unit.outputs[0]].name
             self.on_progress(Progress(self.resumed + self.shared.written, total, name))
 
         if self.todo:
@@ -161,7 +160,7 @@ class Work:
                 for position, size in made:
                     written += size
                     writer.eager = not reader.from_disk  # or the reads would wait for its syncs
-                    behind.end(self.todo[position], self.units[self.todo[position]].array)
+                    behind.end(self.todo[position], self.units[self.todo[position]].outputs[0])
                     self.shared.note(k, position, written, reader.bytes_read)
                     tick()
         if not self.shared.stopped:
@@ -171,7 +170,7 @@ class Work:
         """Units for one worker, as it asks for them: the position in `todo`, the array, the box."""
         while (position := self.shared.take()) < len(self.todo):
             unit = self.units[self.todo[position]]
-            yield position, unit.array, unit.box
+            yield position, unit.outputs[0], unit.box
 
 
 def worker_bytes(buffers: int) -> int:
@@ -181,12 +180,19 @@ def worker_bytes(buffers: int) -> int:
 
 
 def _array_spec(array: Array, plan: Plan) -> ArraySpec:
-    spec = array.spec if plan.choices.mesh else None
+    layout = orbax(plan)
+    spec = array.spec if layout.mesh else None
     # Chunks that lie in source files are stored as they are, and so the others of their array.
-    compression = plan.choices.compression if array.link is None else NONE
+    compression = layout.compression if array.link is None else NONE
     order = axis_order(array.chunk, array.stored) if array.stored else array.link
     chunk = array.stored or array.chunk
     return ArraySpec(array.path, array.shape, array.dtype, chunk, array.shards, spec, order, compression=compression)
+
+
+def orbax(plan: Plan) -> Orbax:
+    """The layout of a plan whose outputs become an Orbax checkpoint."""
+    assert isinstance(plan.layout, Orbax)
+    return plan.layout
 
 
 def copied(plan: Plan) -> int:

@@ -22,7 +22,7 @@ from ckptc.diagnostics import fail
 from ckptc.ops.codes import code_of
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import OpError, itemsize, numpy_dtype
-from ckptc.plan.model import Array, Box, Plan, Source
+from ckptc.plan.model import Array, Box, Operand, Plan
 from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, tensor_loops
 from ckptc.plan.stored import axis_order
 from ckptc.run.decode import BesideRows, Coded, Decoder, packed_rows
@@ -88,7 +88,7 @@ class Worker:
     def _load(self, number: int, box: Box, turn: int) -> list[Local]:
         array = self.plan.arrays[number]
         parts = [p for part in array.parts for p in restrict_part(part, box)]
-        needs = [need(p, array.sources[p.source]) if p.source is not None else None for p in parts]
+        needs = [need(p, array.sources[p.source].stored) if p.source is not None else None for p in parts]
         held = self._held[turn] = grown(self._held[turn], sum(n.memory for n in needs if n is not None))
         out, used = [], 0
         for part, needed in zip(parts, needs, strict=True):
@@ -98,9 +98,10 @@ class Worker:
             buffer = held[used : used + needed.memory]
             used += needed.memory
             source = array.sources[part.source]
-            self._fetch(source.tensors, needed.tensors, needed.values.runs(), itemsize(source.dtype), buffer)
+            dtype = source.stored.dtype
+            self._fetch(source.tensors, needed.tensors, needed.values.runs(), itemsize(dtype), buffer)
             if needed.rows is None:
-                out.append(Local(packed(part, needed.values), buffer.view(numpy_dtype(source.dtype)), source.dtype))
+                out.append(Local(packed(part, needed.values), buffer.view(numpy_dtype(dtype)), dtype))
             else:
                 rows = self._decode(source, needed, needed.rows, buffer)
                 out.append(Local(packed_rows(part, needed.rows), rows, "float32"))
@@ -118,20 +119,21 @@ class Worker:
                 buffer[at + size : at + length * item] = 0
                 at += length * item
 
-    def _decode(self, source: Source, needed: Need, rows: Rows, buffer: Bytes) -> npt.NDArray[Any]:
+    def _decode(self, source: Operand, needed: Need, rows: Rows, buffer: Bytes) -> npt.NDArray[Any]:
         """The decoded rows, flat float32, from codes at the start of `buffer`; the rest takes what is beside them."""
-        decode = source.decode
+        decode = source.stored.decode
         assert decode is not None
         codes, rest, layout = buffer[: needed.value_bytes], buffer[aligned(needed.value_bytes) :], rows.layout
         beside = []
-        for stored, wanted, of in zip(decode.beside, needed.beside, layout.beside, strict=True):
-            self._fetch(stored.tensors, needed.tensors, wanted.runs, itemsize(stored.dtype), rest)
+        columns = zip(decode.beside, source.beside, needed.beside, layout.beside, strict=True)
+        for stored, tensors, wanted, of in columns:
+            self._fetch(tensors, needed.tensors, wanted.runs, itemsize(stored.dtype), rest)
             data = rest[: wanted.bytes].view(numpy_dtype(stored.dtype))
             each = prod(stored.shape) // layout.count(of)
             beside.append(BesideRows(data, wanted.places, each, layout.count(of) == 1))
             rest = rest[aligned(wanted.bytes) :]
         decoded = rest[: needed.decoded_bytes].view(np.float32)
-        how = Coded(code_of(decode.code, decode.settings), decode.shape, source.dtype)
+        how = Coded(code_of(decode.code, decode.settings), decode.shape, source.stored.dtype)
         try:
             self.decoder.decode(how, rows, codes, beside, decoded)
         except (OpError, IndexError) as error:

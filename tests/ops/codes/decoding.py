@@ -12,17 +12,17 @@ import numpy as np
 from ckptc.ops.codes import Code, Shape
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.ops.types import itemsize
-from ckptc.plan.model import Beside, Decode, Source
+from ckptc.plan.model import Beside, Decode, Stored
 from ckptc.plan.reads import need
 from ckptc.run.decode import BesideRows, Coded, Decoder
 
 Array = np.ndarray[Any, Any]
 
 
-def source_of(code: Code, shape: Shape, arrays: Sequence[Array]) -> Source:
+def source_of(code: Code, shape: Shape, arrays: Sequence[Array]) -> Stored:
     """The plan's record of one weight: tensor 0 has its codes, those that follow are beside it."""
-    beside = tuple(Beside(a.dtype.name, a.shape, (n,)) for n, a in enumerate(arrays[1:], 1))
-    return Source(arrays[0].dtype.name, arrays[0].shape, (0,), Decode(code.name, code.settings(), shape, beside))
+    beside = tuple(Beside(a.dtype.name, a.shape) for a in arrays[1:])
+    return Stored(arrays[0].dtype.name, arrays[0].shape, decode=Decode(code.name, code.settings(), shape, beside))
 
 
 def all_rows(code: Code, shape: Shape) -> Part:

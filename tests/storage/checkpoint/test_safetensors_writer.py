@@ -10,28 +10,46 @@ import pytest
 from safetensors.numpy import load_file
 
 from ckptc.diagnostics import InputError
-from ckptc.plan.model import Exactness
-from ckptc.plan.outputs import DTYPES, Exported, Kind, Outputs, header, index, lay_out
+from ckptc.ops.nest import Part, whole
+from ckptc.plan.files import DTYPES, INDEX, headers, lay_out, places, texts
+from ckptc.plan.model import Choices, Kind, Made, Output, Plan, Safetensors, Source, Totals
 from ckptc.storage.checkpoint.safetensors_writer import UNFINISHED, CheckpointWriter, FileSpec, runs
 from ckptc.storage.formats.safetensors import DTYPES as READ
 
 
 def kind(shape: tuple[int, ...], dtype: str) -> Kind:
-    return Kind(shape, dtype, shape, "rule", (), (), (), Exactness())
+    part = Part(None, 0, 0, tuple(whole(n, 0) for n in shape))
+    return Kind("rule", shape, dtype, shape, shape, (), (part,))
 
 
 KINDS = [kind((3, 5), "bfloat16"), kind((7,), "float32"), kind((), "float32"), kind((2, 2), "int64")]
-TENSORS = [Exported(name, n, ()) for n, name in enumerate("abcd")]
+TENSORS = [Output(name, n, ()) for n, name in enumerate("abcd")]
 
 
-def outputs(most: int = 10**6) -> Outputs:
+def layout(plan: Plan) -> Safetensors:
+    assert isinstance(plan.layout, Safetensors)
+    return plan.layout
+
+
+def planned(most: int = 10**6) -> Plan:
     """Four tensors in files of at most so many bytes of them, unless a single one is larger."""
     tensors, files = lay_out(TENSORS, KINDS, most)
-    return Outputs(tuple(KINDS), tensors, files, (), {}, ())
+    return Plan(
+        made=Made("", "", "", "", ""),
+        choices=Choices("scanned", "bfloat16", False, 1, "hub", {}),
+        totals=Totals(0, 0, 0, 0, 0, 0),
+        sources=(Source("orbax"),),
+        layout=Safetensors(files, {}),
+        left_out=(),
+        kinds=tuple(KINDS),
+        outputs=tensors,
+        tensors=(),
+    )
 
 
-def specs_of(out: Outputs) -> list[FileSpec]:
-    return [FileSpec(f.name, f.size, header(out.of_file(n), out.kinds)) for n, f in enumerate(out.files)]
+def specs_of(plan: Plan) -> list[FileSpec]:
+    files = layout(plan).files
+    return [FileSpec(f.name, f.size, begin) for f, begin in zip(files, headers(plan, layout(plan)), strict=True)]
 
 
 def test_dtypes_are_named_as_the_reader_reads_them() -> None:
@@ -42,12 +60,13 @@ def test_dtypes_are_named_as_the_reader_reads_them() -> None:
 
 @pytest.mark.parametrize("most", [10**6, 30])
 def test_files_are_read_by_safetensors(most: int, tmp_path: Path) -> None:
-    out = outputs(most)
-    specs, named, places = specs_of(out), list(out.named()), out.places()
+    plan = planned(most)
+    specs, named = specs_of(plan), [(o.name, plan.kinds[o.kind]) for o in plan.outputs]
+    located = places(plan, layout(plan))
     values = {name: np.arange(k.nbytes, dtype=np.uint8) + n for n, (name, k) in enumerate(named)}
     with CheckpointWriter(tmp_path, specs) as writer:
         writer.create()
-        for (name, k), (file, begin) in zip(named, places, strict=True):
+        for (name, k), (file, begin) in zip(named, located, strict=True):
             box = tuple((0, n) for n in k.shape)
             itemsize = k.nbytes // max(1, k.size)
             writer.write_box(file, begin, k.shape, box, values[name].view(f"u{itemsize}").reshape(k.shape))
@@ -55,7 +74,7 @@ def test_files_are_read_by_safetensors(most: int, tmp_path: Path) -> None:
         writer.commit({"config.json": "{}"}, {})
     found = {name: t for s in specs for name, t in load_file(str(tmp_path / s.name)).items()}
     assert {n: t.tobytes() for n, t in found.items()} == {n: v.tobytes() for n, v in values.items()}
-    assert all(begin % (k.nbytes // k.size) == 0 for (_, k), (_, begin) in zip(named, places, strict=True))
+    assert all(begin % (k.nbytes // k.size) == 0 for (_, k), (_, begin) in zip(named, located, strict=True))
 
 
 def test_boxes_are_put_in_their_places_and_read_back(tmp_path: Path) -> None:
@@ -90,7 +109,7 @@ def test_runs_are_as_long_as_they_can_be(box: tuple[tuple[int, int], ...], expec
 
 
 def test_what_fails_leaves_nothing_and_a_later_run_clears_what_was_killed(tmp_path: Path) -> None:
-    specs = specs_of(outputs())
+    specs = specs_of(planned())
     with pytest.raises(RuntimeError), CheckpointWriter(tmp_path, specs):
         raise RuntimeError
     assert os.listdir(tmp_path) == []
@@ -102,14 +121,14 @@ def test_what_fails_leaves_nothing_and_a_later_run_clears_what_was_killed(tmp_pa
 
 
 def test_two_runs_exclude_each_other(tmp_path: Path) -> None:
-    specs = specs_of(outputs())
+    specs = specs_of(planned())
     with CheckpointWriter(tmp_path, specs), pytest.raises(InputError) as caught:
         CheckpointWriter(tmp_path, specs)
     assert caught.value.diagnostics[0].code == "output-busy"
 
 
 def test_a_checkpoint_is_replaced_only_by_force(tmp_path: Path) -> None:
-    specs = specs_of(outputs())
+    specs = specs_of(planned())
     (tmp_path / "config.json").write_text("{}", "utf-8")
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"old")
     with pytest.raises(InputError) as caught:
@@ -192,5 +211,6 @@ def test_a_commit_killed_at_any_step_leaves_what_was_there_or_what_is_new(
 
 
 def test_the_index_names_every_tensor() -> None:
-    text = index(outputs(30))
+    plan = planned(30)
+    text = texts(plan, layout(plan))[INDEX]
     assert all(f'"{t.name}": "model-' in text for t in TENSORS) and f'"total_size": {30 + 28 + 4 + 32}' in text
