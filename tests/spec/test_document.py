@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptc.diagnostics import Diagnostic, InputError, Span
+from ckptc.spec import document
 from ckptc.spec.document import MAX_BYTES, MAX_DEPTH, Path_, load, parse
+from ckptc.spec.resources import mapping_files
 
 
 def problem(text: str) -> Diagnostic:
@@ -351,3 +353,52 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
     lines = document.text.split("\n")
     for span in (*document.keys.values(), *document.values.values()):
         assert 1 <= span.line <= len(lines) and span.column >= 1 and span.length >= 1
+
+
+# -- two parsers ---------------------------------------------------------------------------------------------
+
+
+def outcome(text: str, libyaml: bool) -> object:
+    """What a text is with one of the two parsers: data and places, or what is wrong with it and where."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(document, "LIBYAML", libyaml)
+        try:
+            found = parse(text, "m.yaml")
+        except InputError as error:
+            return error.diagnostics
+    return found.data, found.keys, found.values
+
+
+@pytest.mark.parametrize("file", mapping_files(), ids=lambda file: file.stem)
+def test_a_shipped_mapping_is_the_same_with_both_parsers(file: Path) -> None:
+    text = file.read_text("utf-8")
+    found = outcome(text, True)
+    assert isinstance(found[0], dict)  # type: ignore[index]
+    assert found == outcome(text, False)
+
+
+PIECES = (
+    "\n", "  ", " ", "- ", ": ", "? ", ",", "[", "]", "{", "}", "&a ", "*a", "!x ", "'", '"', "|", ">", "#", " #", "%", "@", "`", "~", "null", "yes",
+    "on", "0o7", "07", "0x1f", "1_000", "1e3", ".inf", "1:30", "2020-01-01", "\t", "|#", "\x85", "\u2028", "\ufeff", "é", "😀", "\x07", "\\x41", "\\ud800",
+    "---", "...", "<<", "=", "a", "b: ", "key: {a: 1, b: [2, 3]}", "\r\n", "\r", "\x00", "{{ x }}", "\\/",
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_any_text_is_the_same_with_both_parsers(data: st.DataObject) -> None:
+    if data.draw(st.booleans()):
+        text = "".join(data.draw(st.lists(st.sampled_from(PIECES), max_size=14)))
+    else:
+        text = "family: f\ndims: { a: 1, b: x + 1 }\ntensors:\n  a/b: { from: 'x{{ i }}', as: c d -> d c }\n  c: [1, \"t\"]\n"
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, len(text)))
+            text = text[:at] + data.draw(st.sampled_from(PIECES)) + text[at + data.draw(st.integers(0, 3)) :]
+    assert outcome(text, True) == outcome(text, False)
+
+
+@pytest.mark.parametrize(
+    "deep", ["[" * 60_000, "- " * 60_000, "? " * 60_000, "{a: " * 30_000, "-\n" * 60_000, "a: [" * 9]
+)
+def test_what_is_nested_deeply_does_not_end_the_process(deep: str) -> None:
+    assert outcome(deep, True) == outcome(deep, False)
