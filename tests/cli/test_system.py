@@ -124,3 +124,33 @@ main()
     os.kill(process.pid, number)
     _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 128 + number and re.fullmatch(r"interrupted\n|ended by signal \d+\n", err)
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_whose_path_is_not_utf_8_is_refused_before_any_work(mapping: str, source: str) -> None:
+    line = CONVERT.replace("--output out", "--output \"$(printf 'caf\\351')\"")
+    done = shell(f"CKPTC {line}")
+    assert done.returncode == 1 and "error[unwritable-output]" in done.stderr and "not UTF-8" in done.stderr
+    assert not [name for name in os.listdir() if name.startswith("caf")]
+
+
+def test_a_checkpoint_whose_path_is_not_utf_8_is_refused(mapping: str, source: str) -> None:
+    assert shell(f"CKPTC {CONVERT}").returncode == 0
+    os.rename("out", b"caf\xe9")
+    done = shell("CKPTC verify \"$(printf 'caf\\351')\"")
+    assert done.returncode == 1 and "its path is not UTF-8" in done.stderr
+
+
+def test_utf_8_works_in_any_locale(mapping: str, source: str) -> None:
+    line = CONVERT.replace("--output out", "--output café")
+    assert shell(f"LC_ALL=C CKPTC {line}").returncode == 0 and Path("café/0").is_dir()
+    done = shell(f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 CKPTC {line.replace('café', 'thé')}")
+    assert done.returncode == 1 and "PYTHONUTF8=1" in done.stderr and not Path("thé").exists()
+
+
+def test_a_source_whose_path_is_not_utf_8_is_read(mapping: str, source: str) -> None:
+    os.rename("checkpoint", b"caf\xe9")
+    line = CONVERT.replace("checkpoint", "\"$(printf 'caf\\351')\"")
+    assert shell(f"CKPTC {line}").returncode == 0

@@ -25,6 +25,7 @@ from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterStat
 from ckptc.storage.checkpoint.restored import custom_metadata_of
 from ckptc.storage.checkpoint.steps import is_checkpoint
 from ckptc.storage.sink.directory import Place
+from ckptc.storage.source.files import NOT_UTF8, is_text
 
 STEP = "0"  # the step directory that MaxText's converter writes
 
@@ -134,7 +135,10 @@ class LocalOutput:
     def step(self) -> str:
         return str(self._final)
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        if not is_text(os.path.abspath(self.path)):  # TensorStore, which writes the index, takes paths as JSON
+            message = f"cannot write to {self.path}: its path is not UTF-8"
+            raise fail("unwritable-output", message, help=NOT_UTF8)
 
     def check_free(self, replace: bool, source: Sighting) -> None:
         if replace or not (self.path / UNFINISHED).exists():

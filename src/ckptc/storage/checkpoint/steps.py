@@ -10,11 +10,13 @@ that: a directory without it is not complete, or was not copied whole.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptc.diagnostics import InputError, fail
+from ckptc.storage.source.files import NOT_UTF8, is_text
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
@@ -47,6 +49,8 @@ def find_step(given: Path) -> Step:
     `unfinished-checkpoint`, `which-item`.
     """
     require_directory(given, _HELP)
+    if not is_text(os.path.abspath(given)):  # TensorStore takes paths as JSON
+        raise fail("no-checkpoint", f"{given} cannot be read: its path is not UTF-8", help=NOT_UTF8)
     unfinished = next((p for p in (given, *given.parents) if UNFINISHED in p.name), None)
     if unfinished is not None:
         raise _unfinished(unfinished, "Orbax has not given it its name", "give another step")

@@ -16,6 +16,7 @@ from ckptc.diagnostics import Diagnostic, InputError
 
 MAX_HEADER = 100_000_000  # bytes of JSON; the limit of the safetensors reference reader
 HEADER_THREADS = 16  # files looked into at once: opening them waits, on network disks, rather than works
+NOT_UTF8 = "choose a directory whose path is UTF-8; where it is and the locale is another, set PYTHONUTF8=1"
 RECOMPILE = "put the file back as it was, or compile the plan again from these files"
 FIRST_READ = 1 << 16  # bytes; most headers fit, so most files need one read
 BLOCK = 1 << 20  # bytes of a longer header that are held at once
