@@ -207,6 +207,12 @@ def test_a_line_cut_short_is_not_there_and_the_next_one_is_whole(output: Path, k
     assert read_sums(again) == {0: 5010}
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_not_blamed_on_the_output(number: int) -> None:
+    (found,) = output_error(Path("out"), OSError(number, os.strerror(number))).diagnostics
+    assert found.code == "system-refused" and "open files" in (found.help or "") and "out:" not in found.message
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -59,6 +59,9 @@ def output_error(output: Path | str, error: OSError, again: str = GOES_ON) -> In
     if error.errno in _FULL:
         return fail("disk-full", f"no room to write {output}: {error.strerror}", help="make room" + again)
     reason = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the output's
+        help = "allow more open files (`ulimit -n`), or use fewer --jobs" + again
+        return fail("system-refused", f"the system refused to open more files: {reason}", help=help)
     help = "check its permissions and the disk it lies on" + again
     return fail("unwritable-output", f"cannot write to {output}: {reason}", help=help)
 
