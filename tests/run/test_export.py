@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 from safetensors import safe_open
 
 from ckptc.compile.compiler import layouts
+from ckptc.compile.export import compile_export
+from ckptc.compile.reading import ExportOptions
 from ckptc.compile.scope import matches
 from ckptc.diagnostics import InputError
 from ckptc.plan.model import Plan, Safetensors
@@ -26,6 +29,8 @@ from ckptc.plan.order import Unit
 from ckptc.run.export import export
 from ckptc.run.exporter import Exporter
 from ckptc.spec import mapping as spec
+from ckptc.storage.checkpoint.companions import open_original
+from ckptc.storage.checkpoint.orbax_reader import open_saved
 from golden import compile_case, evaluate, known_cases, source_tensors
 from reference import DATA, GoldenCase
 from roundtrip import EXACT, broken_promises, converted, export_plan, exported, kinds
@@ -393,3 +398,24 @@ def test_without_the_original_names_and_config_are_the_mappings(tmp_path: Path) 
     written = json.loads((tmp_path / "hf" / "config.json").read_text("utf-8"))
     assert written["dtype"] == "bfloat16" and config
     assert any("--config-from" in note for note in plan.notes)
+
+
+def test_the_section_of_the_text_model_says_the_dtype_whoever_reads_it(tmp_path: Path) -> None:
+    """With an index at hand, and without one: of two readers, one looked no deeper than the top of config.json."""
+    case = CASES["gemma3"]
+    saved = converted(case, tmp_path / "orbax")
+    config = json.loads((case.hf / "config.json").read_text("utf-8"))
+    for place in (config, config["text_config"]):
+        place.pop("torch_dtype", None)
+        place.pop("dtype", None)
+    config["text_config"]["dtype"] = "float32"
+    mapping, model = spec.find_model(case.model)
+    found = []
+    for name in ("with an index", "without"):
+        (directory := tmp_path / name).mkdir()
+        (directory / "config.json").write_text(json.dumps(config), "utf-8")
+        if name != "without":
+            shutil.copy(case.hf / "model.safetensors.index.json", directory)
+        plan = compile_export(mapping, model, ExportOptions(), open_saved(saved)[0], open_original(directory))
+        found.append({kind.dtype for kind in plan.kinds})
+    assert found == [{"float32"}, {"float32"}]

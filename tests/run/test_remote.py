@@ -294,11 +294,11 @@ def test_a_run_killed_at_any_step_of_the_way_is_finished_by_the_same_command(
     assert_whole(url, local)
 
 
-@pytest.mark.parametrize("count", [0, 3, 5, 7])
+@pytest.mark.parametrize("count", [0, 3, 5, 7, 9])
 def test_a_run_killed_between_two_objects_of_the_commit_is_not_finished(
     plan: Plan, plan_file: Path, local: Path, count: int, url: str
 ) -> None:
-    """Each of the index, the metadata and the markers in turn is the last that was written. Only with the last of all the
+    """Each of the index, the metadata, the files beside them and the markers in turn is the last that was written. Only with the last of all the
     output is a checkpoint, and only with the marker of its items can they be restored without it."""
     patch = f"""\
 supersede, write, left = objects.ObjectStore.supersede, objects.ObjectStore.write, [None]
@@ -314,8 +314,8 @@ def count(*a):
 objects.ObjectStore.supersede, objects.ObjectStore.write = begin, count
 """
     assert ended(there(plan_file, url, "--jobs", "1", patch=patch))[0] == -signal.SIGKILL
-    assert ocp_utils.checkpoint_steps(url) == ([0] if count == 7 else [])
-    if count < 5:
+    assert ocp_utils.checkpoint_steps(url) == ([0] if count == 9 else [])
+    if count < 7:
         assert_unfinished(url)
     else:
         assert differences(restored(url), expected_of(CASE)) == []

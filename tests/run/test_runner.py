@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -257,3 +259,37 @@ def test_a_remembered_directory_that_holds_another_checkpoint_is_refused(
     assert main.run(["run", str(plan_file), "--output", str(output)]) == 1
     assert FILES[0] in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_what_wants_a_look_before_the_commit_is_told_that_an_object_store_has_none(source: Path) -> None:
+    plan, looked = compiled(source), list[Path]()
+    with pytest.raises(InputError) as error:
+        runner.run(plan, json.loads(dumps(plan))["digest"], "gs://bucket/out", source, before_commit=looked.append)
+    assert [d.code for d in error.value.diagnostics] == ["unsupported-url"] and looked == []
+
+
+BESIDE_JAX = """
+import os, sys
+if sys.argv[4] == "jax":
+    import jax
+forked, fork = [], os.fork
+os.fork = lambda: forked.append(1) or fork()
+import json
+from pathlib import Path
+from ckptc.cli.commands import read_plan
+from ckptc.run.runner import Settings, run
+plan, text = read_plan(Path(sys.argv[1]))
+run(plan, json.loads(text)["digest"], sys.argv[2], Path(sys.argv[3]), settings=Settings(jobs=2))
+print(len(forked))
+"""
+
+
+@pytest.mark.parametrize(("beside", "workers"), [("nothing", "2"), ("jax", "0")])
+def test_a_process_with_jax_is_not_forked(beside: str, workers: str, source: Path, output: Path) -> None:
+    (plan := output.with_name("plan.json")).write_text(dumps(compiled(source)), "utf-8")
+    command = [sys.executable, "-c", BESIDE_JAX, str(plan), str(output), str(source), beside]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"{workers}\n"
+    assert ("RuntimeWarning: 1 job instead of 2" in done.stderr) == (beside == "jax"), done.stderr
+    assert (output / "0" / "items" / "_METADATA").exists()

@@ -190,7 +190,7 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
         def check(step: Path) -> None:
             verified.append(verify.against_source(plan, step, source, args.mapping, on_progress))
 
-        before_commit = check if args.verify else lambda step: None
+        before_commit = check if args.verify else None
         report = run_plan(plan, digest, args.output, source, on_progress, settings, before_commit, peers)
     record: dict[str, Any] = {
         **asdict(report),

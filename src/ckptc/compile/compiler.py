@@ -22,7 +22,7 @@ from ckptc.compile.quantised import Quantised, find
 from ckptc.compile.scope import Scope
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph
-from ckptc.ir.source import Checkpoint, SourceTensor
+from ckptc.ir.source import Checkpoint, SourceTensor, stated_dtype
 from ckptc.ir.verify import verify
 from ckptc.plan.model import Plan
 from ckptc.spec.mapping import LAYOUTS, Family, Model
@@ -151,8 +151,7 @@ def all_namings(
     quantised: Quantised | None = None,
 ) -> Iterator[tuple[str, Graph]]:
     """The graph under each of the mapping's namings, in their order."""
-    default = str(names["config"].get("torch_dtype") or names["config"].get("dtype") or "bfloat16")
-    default = default if default in ("bfloat16", "float16", "float32") else "bfloat16"
+    default = stated_dtype(names["config"])
 
     def stored(name: str) -> str:
         return dtypes.get(name, default) if dtypes is not None else default

@@ -6,19 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ckptc.ir.source import DTYPE_KEYS, PLAIN, stated_dtype
 from ckptc.spec.mapping import Family
 
 QUANTIZATION = ("quantization_config", "compression_config", "expert_dtype")  # the last: DeepSeek V4's fp4 experts
-DTYPE_KEYS = ("dtype", "torch_dtype")
-PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
-
-
-def stated_dtype(config: Mapping[str, Any]) -> str:
-    """What the config says its tensors are, itself or in its section of the text model; else bfloat16."""
-    section = config.get("text_config")
-    places = (config, section) if isinstance(section, Mapping) else (config,)
-    found = (str(place[key]) for place in places for key in reversed(DTYPE_KEYS) if place.get(key))
-    return next((dtype for dtype in found if dtype in PLAIN), "bfloat16")
 
 
 def adapt(

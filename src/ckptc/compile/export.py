@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 import ckptc
 from ckptc.compile.assemble import sha256
-from ckptc.compile.config import adapt, stated_dtype
+from ckptc.compile.config import adapt
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
 from ckptc.compile.match import SHOWN, problems
@@ -28,7 +28,7 @@ from ckptc.compile.units import schedule
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.saved import Original, Saved, SavedArray
-from ckptc.ir.source import SourceFile
+from ckptc.ir.source import SourceFile, stated_dtype
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
 from ckptc.plan.files import lay_out

@@ -36,3 +36,15 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, SourceTensor]
     config: Mapping[str, Any]
+
+
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json; the second is the older, and wins
+PLAIN = ("bfloat16", "float16", "float32")  # dtypes that weights are published in as they are
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str:
+    """What a config.json says its tensors are, itself or in its section of the text model; else bfloat16."""
+    section = config.get("text_config")
+    places = (config, section) if isinstance(section, Mapping) else (config,)
+    found = (str(place[key]) for place in places for key in reversed(DTYPE_KEYS) if place.get(key))
+    return next((dtype for dtype in found if dtype in PLAIN), "bfloat16")

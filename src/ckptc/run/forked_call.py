@@ -20,11 +20,11 @@ from typing import Any
 from ckptc.diagnostics import fail
 from ckptc.run.pool import die_with, leave_signals_to_parent, raise_told, told
 
-THREADED = ("tensorstore",)  # libraries that have threads once they are used
+THREADED = ("tensorstore", "jaxlib")  # libraries that have threads once they are used
 
 
 def can_fork() -> bool:
-    """Whether this process can be forked for work with such a library: not if it has loaded one itself."""
+    """Whether this process can be forked safely: not if it has loaded such a library itself."""
     return hasattr(os, "fork") and not any(name in sys.modules for name in THREADED)
 
 

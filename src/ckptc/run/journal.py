@@ -113,11 +113,12 @@ class Unfinished:
         return self.checkpoint / "items" / f"ocdbt.process_{number}" / "manifest.ocdbt"
 
     def complete(
-        self, finish: Callable[[], None], before_commit: Callable[[Path], None], check: Callable[[], None]
+        self, finish: Callable[[], None], before_commit: Callable[[Path], None] | None, check: Callable[[], None]
     ) -> None:
         """Has `finish` join what is written, and names it."""
         finish()
-        before_commit(self.checkpoint)
+        if before_commit is not None:
+            before_commit(self.checkpoint)
         make_durable(self.checkpoint)  # which may take long, before an older output goes; then two renames
         check()
         replace(self, self.final)

@@ -74,7 +74,7 @@ class Unfinished(Protocol):
     def shows(self, numbers: Sequence[int], journals: Sequence[int]) -> bool:
         """Whether what closed writers have left can be seen from here: the files of `numbers`, the journals of both."""
 
-    def complete(self, finish: Finish, before_commit: Callable[[Path], None], check: Callable[[], None]) -> None:
+    def complete(self, finish: Finish, before_commit: Callable[[Path], None] | None, check: Callable[[], None]) -> None:
         """Has `finish` write the checkpoint's index and metadata, and commits. `check` raises when it must not be."""
 
     def forget(self) -> None:

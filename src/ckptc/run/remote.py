@@ -163,7 +163,7 @@ class RemoteUnfinished:
     def shows(self, numbers: Sequence[int], journals: Sequence[int]) -> bool:
         return True  # what has been written is seen by all at once
 
-    def complete(self, finish: Finish, before_commit: Callable[[Path], None], check: Callable[[], None]) -> None:
+    def complete(self, finish: Finish, before_commit: Callable[[Path], None] | None, check: Callable[[], None]) -> None:
         """Has `finish` write what makes a checkpoint of the chunks, as long as no other run has been opened."""
 
         def check_all() -> None:
@@ -172,6 +172,7 @@ class RemoteUnfinished:
                 help = "let that one end; it has what this one had done until then"
                 raise fail("output-busy", f"another run has begun to write to {self.store.shown}", help=help)
 
+        assert before_commit is None, "there is nothing to look at before it is committed"
         check_all()
         finish(check_all)
 

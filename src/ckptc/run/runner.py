@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, agree, announce, gather, join_unfinished
+from ckptc.run.forked_call import can_fork
 from ckptc.run.linking import Linked, link
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.output import LocalOutput, Output, Unfinished
@@ -67,16 +69,16 @@ def run(
     source: Path | None = None,
     on_progress: Callable[[Progress], None] = _nothing,
     settings: Settings | None = None,
-    before_commit: Callable[[Path], None] = _nothing,
+    before_commit: Callable[[Path], None] | None = None,
     peers: Alone | None = None,
 ) -> Report:
     """Executes exactly the plan, into `<output>/0`; goes on with an unfinished run of the same plan.
 
     `digest`: the plan's. `output`: a directory, or the URL of an object store. `before_commit` is given the directory of
-    the finished checkpoint; when it raises, that stays unfinished. `peers`: the other processes that run this plan;
+    the finished checkpoint; when it raises, that stays unfinished. An object store has no such directory. `peers`: the other processes that run this plan;
     process 0 opens, finishes and commits.
 
-    Raises InputError: `abstract-plan`, `unknown-source`, `missing-directory`, `output-exists`, what `ckptc.run.preflight`, the output
+    Raises InputError: `abstract-plan`, `unsupported-url`, `unknown-source`, `missing-directory`, `output-exists`, what `ckptc.run.preflight`, the output
     (`ckptc.run.output`) and `ckptc.run.distributed` raise, `cannot-link`, what reading files may raise, `worker-died`,
     `out-of-memory`, and `disk-full` or `unwritable-output` when the system refuses to write.
     """
@@ -85,7 +87,11 @@ def run(
     if is_url(output):
         plan = in_pieces(plan)
     where = output_at(output, plan)
+    if before_commit is not None and isinstance(where, RemoteOutput):
+        help = "run it without, and compare a copy of it in a directory"
+        raise fail("unsupported-url", f"{output} cannot be looked at before it is committed", help=help)
     where.check()
+    jobs = _jobs(settings.jobs)
     directory = find_source(plan, source)
     files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files]
     check_memory(plan, where.held())
@@ -99,7 +105,7 @@ def run(
         where.check_free(settings.force, seen)
 
     def work_on(unfinished: Unfinished) -> Work:
-        return Work(plan, directory, files, where, unfinished, settings.jobs, peers, on_progress)
+        return Work(plan, directory, files, where, unfinished, jobs, peers, on_progress)
 
     try:
         if peers.process:
@@ -123,6 +129,18 @@ def run(
     )
 
 
+def _jobs(wanted: int) -> int:
+    """Worker processes at most. They are forked: a process that has the threads of JAX or TensorStore has none."""
+    if wanted > 1 and not can_fork():
+        text = (
+            f"1 job instead of {wanted}: JAX or TensorStore is loaded in this process, whose threads make forking unsafe; "
+            "the ckptc command, or a process that loads neither, has them all"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return 1
+    return wanted
+
+
 def _lead(
     plan: Plan,
     digest: str,
@@ -133,7 +151,7 @@ def _lead(
     make_links: Callable[[Unfinished], Linked],
     work_on: Callable[[Unfinished], Work],
     beside: Callable[[], Iterable[tuple[str, bytes]]],
-    before_commit: Callable[[Path], None],
+    before_commit: Callable[[Path], None] | None,
     started: int,
 ) -> list[Written]:
     """What process 0 does, or the only one. Returns what each has done."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.saved import Original
-from ckptc.ir.source import SourceFile
+from ckptc.ir.source import SourceFile, stated_dtype
 from ckptc.storage.checkpoint.safetensors import CONFIG, INDEX, open_checkpoint, read_config, read_index
 from ckptc.storage.checkpoint.steps import find_step, require_directory
 from ckptc.storage.source.files import open_regular, pread, resolve
@@ -54,7 +54,6 @@ COMPANIONS = (
 KEPT = "hf"  # below the items of a checkpoint
 TENSORS = "tensors.json"
 MOST = 512 << 20  # bytes of a file that is kept: no tokenizer is larger
-PLAIN = ("bfloat16", "float16", "float32")  # what a config may say of all tensors
 _BLOCK = 1 << 20
 
 
@@ -85,8 +84,7 @@ def open_original(directory: Path, dims: Mapping[str, Any] | None = None) -> Ori
     if any(name.endswith(".safetensors") for name in names):
         dtypes = {name: t.dtype for name, t in open_checkpoint(directory).tensors.items()}
     elif INDEX in names:
-        stated = str(config.get("torch_dtype") or config.get("dtype"))
-        dtypes = dict.fromkeys(read_index(directory) or {}, stated if stated in PLAIN else "bfloat16")
+        dtypes = dict.fromkeys(read_index(directory) or {}, stated_dtype(config))
     elif TENSORS in names:
         dtypes = _kept_dtypes(directory)
     companions = tuple(identify(directory, name) for name in names if _companion(directory, name))
