@@ -239,7 +239,7 @@ def is_url(output: Path | str) -> bool:
 
 def in_pieces(plan: Plan) -> Plan:
     """The plan without large chunks: what is written into objects is written once, whole, so each piece is a chunk there."""
-    return replace(plan, arrays=tuple(replace(a, stored=()) for a in plan.arrays))
+    return replace(plan, kinds=tuple(replace(k, stored=()) for k in plan.kinds))
 
 
 def find_source(plan: Plan, source: Path | None) -> Path:
