@@ -18,7 +18,9 @@ import numpy as np
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.options import Options
 from ckptc.ir.source import Checkpoint, SourceFile
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Box, Plan
+from ckptc.plan.order import Unit
+from ckptc.run.readers import Readers
 from ckptc.run.worker import Worker
 from ckptc.spec import mapping as spec
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
@@ -92,18 +94,17 @@ def evaluate(plan: Plan, source: Path, numbers: Iterable[int] | None = None) -> 
     wanted = range(len(plan.arrays)) if numbers is None else numbers
     made: dict[int, Array] = {}
 
-    def sink(number: int, index: tuple[int, ...], chunk: Array) -> None:
+    def sink(number: int, box: Box, chunk: Array) -> None:
         array = plan.arrays[number]
         if number not in made:
             made[number] = np.full(np.prod(array.shape, dtype=int) * chunk.dtype.itemsize, 0xA5, np.uint8)
             made[number] = made[number].view(chunk.dtype).reshape(array.shape)
-        box = tuple(slice(i * c, i * c + n) for i, c, n in zip(index, array.chunk, chunk.shape, strict=True))
-        made[number][box] = chunk
+        made[number][tuple(slice(low, high) for low, high in box)] = chunk
 
     files = [SourceFile(f.name, f.size, f.header) for f in plan.sources[0].files]
     with RangeReader(source, files) as reader:
-        worker = Worker(plan, reader, sink, lambda: None)
-        for _ in worker.make((0, number, box) for number in wanted for box in plan.arrays[number].units()):
+        worker = Worker(plan, Readers([reader]), sink, lambda: None)
+        for _ in worker.make((0, Unit((number,), box)) for number in wanted for box in plan.arrays[number].units()):
             pass
     return {plan.arrays[number].name: array for number, array in made.items()}
 

@@ -181,17 +181,17 @@ def test_exactness_in_words(given: Exactness, text: str) -> None:
 WORKERS = """
 import os, signal, sys, time
 from ckptc.cli.main import main
-from ckptc.run.exporter import Exporter
-make, parent = Exporter.make, os.getpid()
-def slowly(self, unit):
+from ckptc.run.worker import Worker
+make, parent = Worker._make, os.getpid()
+def slowly(self, key, unit, loaded):
     assert os.getpid() != parent, "made by workers"
     time.sleep(0.02)
     with open("pids", "a") as file:
         file.write(f"{os.getpid()}\\n")
     if os.path.exists("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return make(self, unit)
-Exporter.make = slowly
+    return make(self, key, unit, loaded)
+Worker._make = slowly
 main()
 """
 

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ckptc.diagnostics import InputError
 from ckptc.plan.model import Plan, Safetensors
 from ckptc.plan.order import Unit
 from ckptc.run.export import export
-from ckptc.run.exporter import Exporter
+from ckptc.run.worker import Loaded, Worker
 from ckptc.spec import mapping as spec
 from ckptc.storage.checkpoint.companions import open_original
 from ckptc.storage.checkpoint.orbax_reader import open_saved
@@ -129,14 +130,14 @@ def test_buffers_are_as_large_as_planned(tmp_path: Path, monkeypatch: pytest.Mon
     saved = converted(case, tmp_path / "orbax", layout="scanned", memory=8 << 10)
     plan = export_plan(case, saved, memory=24 << 10)
     held: list[int] = []
-    made = Exporter.make
+    made = Worker._make
 
-    def watched(self: Exporter, unit: Unit) -> int:
-        written = made(self, unit)
+    def watched(self: Worker, key: int, unit: Unit, loaded: Callable[[], Loaded]) -> tuple[int, int]:
+        done = made(self, key, unit, loaded)
         held.append(self.held_bytes)
-        return written
+        return done
 
-    monkeypatch.setattr(Exporter, "make", watched)
+    monkeypatch.setattr(Worker, "_make", watched)
     export(plan, tmp_path / "hf", saved, case.hf)
     assert max(held) <= plan.totals.peak_memory_bytes <= 24 << 10
 
@@ -321,14 +322,14 @@ def test_a_failed_export_leaves_nothing(
     saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
     plan = export_plan(case, saved)
 
-    made = Exporter.make
+    made = Worker._make
 
-    def broken(self: Exporter, unit: Unit) -> int:
-        if unit.outputs != plan.batches[0]:
+    def broken(self: Worker, key: int, unit: Unit, loaded: Callable[[], Loaded]) -> tuple[int, int]:
+        if key:
             raise error
-        return made(self, unit)
+        return made(self, key, unit, loaded)
 
-    monkeypatch.setattr(Exporter, "make", broken)
+    monkeypatch.setattr(Worker, "_make", broken)
     with pytest.raises(InputError) as caught:
         export(plan, tmp_path / "hf", saved, case.hf)
     assert [d.code for d in caught.value.diagnostics] == [code]

@@ -27,7 +27,9 @@ from ckptc.ops import Add, Axis, Cast, Concat, Pad, ReshapeHeads, Scale, Slice, 
 from ckptc.ops.codes import Code
 from ckptc.ops.nest import Part, whole
 from ckptc.plan import model
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Box, Plan
+from ckptc.plan.order import Unit
+from ckptc.run.readers import Readers
 from ckptc.run.worker import Worker, constant
 from ckptc.spec.mapping import load_mapping
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
@@ -128,9 +130,10 @@ def run(plan: Plan, directory: Path) -> Ran:
     """Every unit of the plan, put together. Asserts that each chunk comes once, with the shape the grid gives it."""
     ran, seen = Ran(), set()
 
-    def sink(number: int, index: Shape, chunk: Array) -> None:
+    def sink(number: int, box: Box, chunk: Array) -> None:
         array = plan.arrays[number]
-        low = tuple(i * c for i, c in zip(index, array.chunk, strict=True))
+        low = tuple(a for a, _ in box)
+        index = tuple(a // c for a, c in zip(low, array.chunk, strict=True))
         high = tuple(min(a + c, n) for a, c, n in zip(low, array.chunk, array.shape, strict=True))
         assert chunk.shape == tuple(b - a for a, b in zip(low, high, strict=True)), f"chunk {index} is {chunk.shape}"
         assert chunk.dtype == dtype_of(array.dtype)
@@ -141,12 +144,12 @@ def run(plan: Plan, directory: Path) -> Ran:
         ran.arrays[number][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = chunk
 
     with Recording(directory, [SourceFile(f.name, f.size, f.header) for f in plan.sources[0].files]) as reader:
-        worker = Worker(plan, reader, sink, lambda: None)
+        worker = Worker(plan, Readers([reader]), sink, lambda: None)
         for number, array in enumerate(plan.arrays):
-            made = sum(made for _, made in worker.make((0, number, box) for box in array.units()))
+            made = sum(made for _, made in worker.make((0, Unit((number,), box)) for box in array.units()))
             assert made == array.nbytes
         ran.bytes_read, ran.reads = reader.bytes_read, reader.reads
-        ran.held = sum(buffer.size for buffer in (*worker._held, *worker._chunks))
+        ran.held = worker.held_bytes
     for number, array in enumerate(plan.arrays):
         grid = np.prod([-(-n // c) for n, c in zip(array.shape, array.chunk, strict=True)], dtype=int)
         assert len([1 for other, _ in seen if other == number]) == grid
@@ -306,14 +309,15 @@ def test_a_unit_is_read_while_the_one_before_is_made_and_what_is_lent_stays(tmp_
             found[16 * row : 16 * row + 16] = chunk
         lent.clear()
 
-    def sink(number: int, index: Shape, chunk: Array) -> None:
-        assert reader.read[min(index[0] + 1, 3)].wait(30), "the next unit is not read"
+    def sink(number: int, box: Box, chunk: Array) -> None:
+        row = box[0][0] // 16
+        assert reader.read[min(row + 1, 3)].wait(30), "the next unit is not read"
         settle()
-        lent.append((index[0], chunk))
+        lent.append((row, chunk))
 
     with Telling(tmp_path, [SourceFile(f.name, f.size, f.header) for f in plan.sources[0].files], 4) as reader:
-        units = ((7 + n, 0, box) for n, box in enumerate(plan.arrays[0].units()))
-        done = list(Worker(plan, reader, sink, settle).make(units))
+        units = ((7 + n, Unit((0,), box)) for n, box in enumerate(plan.arrays[0].units()))
+        done = list(Worker(plan, Readers([reader]), sink, settle).make(units))
     settle()
     assert done == [(7 + n, 16 * 16 * 4) for n in range(4)]
     assert same(found, made.array)

@@ -23,7 +23,7 @@ from restoring import restored
 
 CASE = next(case for case in known_cases() if case.id == "llama3_1.scan")
 PLAN = compile_case(CASE, memory=1 << 16)
-CHUNK = (0,) * len(PLAN.arrays[0].shape)
+CHUNK = tuple((0, c) for c in PLAN.arrays[0].chunk)
 
 
 class Slow:
@@ -126,10 +126,10 @@ def test_a_run_whose_last_chunk_of_a_unit_fails_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, unit = ItemsWriter.write_chunk, forwards(PLAN)[0]
-    last = tuple((h - 1) // c for (_, h), c in zip(unit.box, PLAN.arrays[unit.array].chunk, strict=True))
+    last = tuple((h - 1) // c for (_, h), c in zip(unit.box, PLAN.arrays[unit.outputs[0]].chunk, strict=True))
 
     def full(self: ItemsWriter, number: int, index: tuple[int, ...], data: Any) -> Entry:
-        if (number, index) == (unit.array, last):
+        if (number, index) == (unit.outputs[0], last):
             raise OSError(errno.ENOSPC, "full")
         return write(self, number, index, data)
 

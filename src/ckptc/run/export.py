@@ -11,32 +11,33 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.source import SourceFile
-from ckptc.plan.files import headers, texts
-from ckptc.plan.model import Plan, Safetensors
+from ckptc.plan.files import headers, places, texts
+from ckptc.plan.model import Box, Plan, Safetensors
 from ckptc.plan.order import forwards
-from ckptc.run.exporter import Exporter
 from ckptc.run.forked_call import apart, can_fork
 from ckptc.run.journal import output_error
+from ckptc.run.leftovers import trained_rows, twin_differs
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
+from ckptc.run.readers import Place, Readers
 from ckptc.run.work import Progress, worker_bytes
+from ckptc.run.worker import Values, Worker
 from ckptc.storage.checkpoint.companions import KEPT, identify
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
 from ckptc.storage.checkpoint.orbax_reader import (
-    ArrayReader,
     check_saved,
     list_plain,
     noted_sums,
-    open_reader,
     statuses_of,
 )
 from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
@@ -96,7 +97,7 @@ def export(
             check_room(output, sum(f.size for f in specs))
             writer.create()
             sums = Sums(noted_sums(items), _read_arrays(plan))
-            work = _Work(plan, partial(open_reader, items, plain, sums), output, writer, jobs)
+            work = _Work(plan, Place(items, plain, sums), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
             _check_undisturbed(items, files, before)  # before what differs is called damage
@@ -138,72 +139,95 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
-        reader: Callable[[], ArrayReader],
+        place: Place,
         output: Path,
         writer: CheckpointWriter,
         jobs: int,
     ) -> None:
-        self.plan, self.reader, self.output, self.writer = plan, reader, output, writer
+        self.plan, self.place, self.output, self.writer = plan, place, output, writer
         fitting = plan.choices.memory // max(1, worker_bytes(plan.totals.peak_memory_bytes))
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
         self.read = self.again = 0
         context = mp.get_context("fork")
         self.differ = context.Array("b", len(plan.twins), lock=False)  # whether a twin says other things
         self.trained = context.Array("q", len(plan.padding), lock=False)  # rows of a padding
+        assert isinstance(plan.layout, Safetensors)
+        self._places = places(plan, plan.layout)
+        self._numbers = {o.name: n for n, o in enumerate(plan.outputs)}
 
     def make_tensors(self, on_progress: Callable[[Progress], None]) -> None:
         todo, total = forwards(self.plan), self.plan.totals.write_bytes
 
         def watch(shared: Shared) -> None:
-            name = self.plan.outputs[todo[shared.unit].outputs[0]].name
+            name = self.plan.outputs[todo[min(shared.unit, len(todo) - 1)].outputs[0]].name
             on_progress(Progress(shared.written, total, name))
 
-        self._spread(len(todo), lambda exporter, number: exporter.make(todo[number]), watch)
+        def make(k: int, worker: Worker, shared: Shared, tick: Callable[[], None]) -> None:
+            written = 0
+            with closing(worker.make((n, todo[n]) for n in shared.numbers(len(todo)))) as made:
+                for number, size in made:
+                    written += size
+                    shared.note(k, number, written, worker.readers.bytes_read)
+                    tick()
+
+        self._spread(len(todo), make, watch)
 
     def look_at_the_rest(self) -> None:
         """Twins and padding: neither stops an export, both are said in its report."""
         twins = len(self.plan.twins)
 
-        def look(exporter: Exporter, number: int) -> int:
+        def look(worker: Worker, number: int) -> None:
             if number < twins:
-                self.differ[number] = exporter.twin_differs(number)
+                self.differ[number] = twin_differs(self.plan, number, worker, self._read_back)
             else:
-                self.trained[number - twins] = exporter.trained_rows(number - twins)
-            return 0
+                self.trained[number - twins] = trained_rows(self.plan, number - twins, worker)
 
-        self._spread(twins + len(self.plan.padding), look, lambda shared: None)
+        self._each(twins + len(self.plan.padding), look)
+
+    def _read_back(self, name: str, box: Box, out: Values) -> None:
+        """What has been written of a box of an output."""
+        number = self._numbers[name]
+        file, begin = self._places[number]
+        self.writer.read_box(file, begin, self.plan.arrays[number].shape, box, out)
 
     def compare(self, sums: Sums) -> None:
         """Raises `checksum-differs`, for each array that has not the checksum it was written with."""
         missing, read = sums.missing(), self.read
 
-        def look(exporter: Exporter, number: int) -> int:
-            exporter.reader.read_for_sums(missing[number])
-            return 0
-
-        self._spread(len(missing), look, lambda shared: None)
+        self._each(len(missing), lambda worker, number: worker.readers.read_for_sums(missing[number]))
         self.read, self.again = read, self.read - read
         if problems := sums.differ():
             raise InputError(problems)
 
-    def _spread(self, count: int, make: Callable[[Exporter, int], int], watch: Callable[[Shared], None]) -> None:
-        """Calls `make` with each number below `count`, by workers; it returns bytes written."""
+    def _each(self, count: int, look: Callable[[Worker, int], None]) -> None:
+        """Calls `look` with each number below `count`, by workers."""
+
+        def body(k: int, worker: Worker, shared: Shared, tick: Callable[[], None]) -> None:
+            for number in shared.numbers(count):
+                look(worker, number)
+                shared.note(k, number, 0, worker.readers.bytes_read)
+
+        self._spread(count, body, lambda shared: None)
+
+    def _spread(
+        self,
+        count: int,
+        work: Callable[[int, Worker, Shared, Callable[[], None]], None],
+        watch: Callable[[Shared], None],
+    ) -> None:
+        """Calls `work` in each worker process, with its number, for so many numbers that they share."""
         if not count:
             return
         shared = Shared(jobs := min(self.jobs, count))
 
         def body(k: int, tick: Callable[[], None]) -> None:
-            written = 0
             return_large_blocks()
             try:
                 with (
-                    closing(self.reader()) as reader,
-                    Exporter(self.plan, reader, self.writer) as exporter,
+                    Readers.of(self.plan, [self.place]) as readers,
+                    _Boxes(self.writer, self.plan, self._places) as boxes,
                 ):
-                    while (number := shared.take()) < count:
-                        written += make(exporter, number)
-                        shared.note(k, number, written, exporter.reader.bytes_read)
-                        tick()
+                    work(k, Worker(self.plan, readers, boxes.put, boxes.settle), shared, tick)
                 self.writer.settle()
             except OSError as error:
                 raise output_error(self.output, error, again="") from None
@@ -236,6 +260,39 @@ class _Work:
                     f"{rows} of the {padding.rows} rows of padding of `{name}` carry trained values (they should be "
                     f"{padding.value:g}): no tensor has a place for them, they are left out"
                 )
+
+
+class _Boxes:
+    """Where a worker's pieces go: each is written, in place, while the next one is made."""
+
+    def __init__(self, writer: CheckpointWriter, plan: Plan, located: Sequence[tuple[int, int]]) -> None:
+        self._writer, self._plan, self._places = writer, plan, located
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def put(self, output: int, box: Box, piece: Values) -> None:
+        file, begin = self._places[output]
+        self.settle()
+        shape = self._plan.arrays[output].shape
+        self._pending = self._thread.submit(self._writer.write_box, file, begin, shape, box, piece)
+
+    def settle(self) -> None:
+        """Waits for what is being written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def __enter__(self) -> _Boxes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.settle()
+        finally:
+            self._thread.shutdown()
 
 
 def _without_resuming(found: Diagnostic) -> Diagnostic:

@@ -13,7 +13,7 @@ import multiprocessing as mp
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
@@ -50,6 +50,11 @@ class Shared:
             value = int(self._next.value)
             self._next.value = value + 1
             return value
+
+    def numbers(self, count: int) -> Iterator[int]:
+        """Numbers below `count`, as they are asked for: each goes to one process."""
+        while (number := self.take()) < count:
+            yield number
 
     def stop(self) -> None:
         """No more units. Without the lock, which a worker that was killed may have held."""

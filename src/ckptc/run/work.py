@@ -14,14 +14,15 @@ from ckptc.diagnostics import fail
 from ckptc.ir.source import SourceFile
 from ckptc.ops.types import itemsize
 from ckptc.plan.links import links
-from ckptc.plan.model import Array, Box, Orbax, Plan
-from ckptc.plan.order import forwards, written
+from ckptc.plan.model import Array, Orbax, Plan
+from ckptc.plan.order import Unit, forwards, written
 from ckptc.plan.stored import axis_order, file_bytes, places
 from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, divided
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.output import Output, Unfinished
 from ckptc.run.pool import Shared, run_workers
+from ckptc.run.readers import Place, Readers
 from ckptc.run.worker import Worker
 from ckptc.run.write_behind import WriteBehind
 from ckptc.storage.checkpoint.links import LinkedChunks
@@ -31,7 +32,6 @@ from ckptc.storage.formats.orbax_metadata import ArraySpec
 from ckptc.storage.formats.zarr3 import grid
 from ckptc.storage.sink.file import BOUNCE, HUGE, LEAST, place
 from ckptc.storage.source.direct import PIECE
-from ckptc.storage.source.ranges import RangeReader
 
 COMPRESSED_LEAST = 4  # times smaller, at most, is what compression makes of weights
 
@@ -150,27 +150,25 @@ class Work:
         writer = self._writer(number, state)
         written = 0
         with (
-            RangeReader(self.directory, self.files, once=not self.plan.totals.reread_bytes) as reader,
+            Readers.of(self.plan, [Place(self.directory)]) as readers,
             self.unfinished.journal(number, writer) as journal,
             WriteBehind(self.plan, writer, journal.add) as behind,
         ):
-            worker = Worker(self.plan, reader, behind.put, behind.settle)
+            worker = Worker(self.plan, readers, behind.put, behind.settle)
             # Closed before the files are that it reads.
             with closing(worker.make(self._take())) as made:
                 for position, size in made:
                     written += size
-                    writer.eager = not reader.from_disk  # or the reads would wait for its syncs
+                    writer.eager = not readers.from_disk  # or the reads would wait for its syncs
                     behind.end(self.todo[position], self.units[self.todo[position]].outputs[0])
-                    self.shared.note(k, position, written, reader.bytes_read)
+                    self.shared.note(k, position, written, readers.bytes_read)
                     tick()
         if not self.shared.stopped:
             writer.close()
 
-    def _take(self) -> Iterator[tuple[int, int, Box]]:
-        """Units for one worker, as it asks for them: the position in `todo`, the array, the box."""
-        while (position := self.shared.take()) < len(self.todo):
-            unit = self.units[self.todo[position]]
-            yield position, unit.outputs[0], unit.box
+    def _take(self) -> Iterator[tuple[int, Unit]]:
+        """Units for one worker, as it asks for them, each with its position in `todo`."""
+        return ((position, self.units[self.todo[position]]) for position in self.shared.numbers(len(self.todo)))
 
 
 def worker_bytes(buffers: int) -> int:

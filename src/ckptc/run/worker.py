@@ -1,16 +1,21 @@
-"""Units of work: read the byte ranges that one needs, decode what is stored as codes, make its chunks, hand each over.
+"""Units of work: read what one needs, decode what is stored as codes, make its pieces, hand each over.
 
-While one unit is made, the next is read. A worker's memory is its buffers, two for what is read and two for what is made,
-which grow to what the plan's largest unit needs and are reused, and the scratch of the kernel and the decoder. What
-`plan.reads.need` says a part needs is what is read and what is held.
+What a unit needs of a tensor is ranges of a file, or a box of an array of chunks, which the outputs of a batch share. A
+piece is a storage chunk of an Orbax checkpoint, or a part of one, or a few rows of a tensor of a safetensors file
+(`Kind.chunk`).
+
+While one unit is made, the next is read, where all sources are files of which any range can be read; chunks are decoded
+by threads of TensorStore's own. A worker's memory is its buffers, for what is read and two for what is made, which grow
+to what the plan's largest unit needs and are reused, and the scratch of the kernel and the decoder. What `plan.reads` and
+`plan.regions` say a part needs is what is read and what is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -22,17 +27,22 @@ from ckptc.diagnostics import fail
 from ckptc.ops.codes import code_of
 from ckptc.ops.nest import AxisMap, Factor, Part, restrict_part
 from ckptc.ops.types import OpError, itemsize, numpy_dtype
-from ckptc.plan.model import Array, Box, Operand, Plan
+from ckptc.plan.model import Array, Box, Kind, Operand, Plan, Stored, boxes
+from ckptc.plan.order import Unit
 from ckptc.plan.reads import Need, Read, Rows, Runs, aligned, need, tensor_loops
+from ckptc.plan.regions import Region, needs, place_in, within
 from ckptc.plan.stored import axis_order
 from ckptc.run.decode import BesideRows, Coded, Decoder, packed_rows
 from ckptc.run.kernel import Conversion, Kernel, Loop, raw, simplify
+from ckptc.run.readers import Readers
 from ckptc.storage.sink.file import grown
-from ckptc.storage.source.ranges import RangeReader
+
+IN_FLIGHT = 8 << 20  # bytes of chunks being decoded at most, unless one is larger: more at once reads no faster
 
 Bytes = npt.NDArray[np.uint8]
-Order = tuple[int, ...] | None  # of axes, slowest first; None: their own
-Sink = Callable[[int, tuple[int, ...], npt.NDArray[Any]], None]  # array, chunk's index, chunk
+Values = npt.NDArray[Any]
+Order = tuple[int, ...] | None
+Put = Callable[[int, Box, Values], None]  # the output's position, the piece's box in it, its elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,72 +50,151 @@ class Local:
     """A part whose elements are in memory: `Part` with steps within `data`, all its tensors one after the other."""
 
     part: Part
-    data: npt.NDArray[Any] | None  # flat, of the source's dtype or decoded; None for constants
+    data: Values | None  # flat, of the source's dtype or decoded; None for constants
     dtype: str
+
+
+Loaded = list[list[Local]]  # of each output of a unit, what it is made of
 
 
 class Worker:
     """Makes units of one plan. Not for several threads.
 
-    `sink` may go on reading a chunk until it is called again, or until `settle` returns.
+    `put` may go on reading a piece until it is called again, or until `settle` returns.
     """
 
-    def __init__(self, plan: Plan, reader: RangeReader, sink: Sink, settle: Callable[[], None]) -> None:
-        self.plan, self.reader, self.sink, self.settle = plan, reader, sink, settle
+    def __init__(self, plan: Plan, readers: Readers, put: Put, settle: Callable[[], None]) -> None:
+        self.plan, self.readers, self.put, self.settle = plan, readers, put, settle
         self.kernel, self.decoder = Kernel(), Decoder()
+        self._ahead = all(s.format == "safetensors" for s in plan.sources)
         # The axes of pieces of large chunks are made in the order in which they are stored: linked chunks are turned later.
-        self._orders = [axis_order(a.chunk, a.stored) if a.stored else None for a in plan.arrays]
-        self._held = [np.empty(0, dtype=np.uint8)] * 2  # what a unit's parts need: read and decoded, by turns
-        self._lent = False  # whether the sink may still read a chunk there
-        self._chunks = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
+        self._orders = [axis_order(k.chunk, k.stored) if k.stored else None for k in plan.kinds]
+        self._held = [np.empty(0, dtype=np.uint8)] * 2  # what units' parts need: read and decoded, by turns
+        self._lent = False  # whether a piece that was put may still be read there
+        self._pieces = [np.empty(0, dtype=np.uint8)] * 2  # one is made while the other is written
         self._turn = 0
 
-    def make(self, units: Iterable[tuple[int, int, Box]]) -> Generator[tuple[int, int]]:
-        """Reads, makes and hands over all chunks of each unit: a number of the caller's, its array's and its box. Yields
-        the first with the bytes made. A unit is asked for, and read, while the one before it is made.
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of buffers."""
+        return sum(buffer.size for buffer in (*self._held, *self._pieces))
+
+    def make(self, units: Iterable[tuple[int, Unit]]) -> Generator[tuple[int, int]]:
+        """Reads, makes and hands over all pieces of each unit, which comes with a number of the caller's. Yields that with
+        the bytes made. A unit is asked for, and read, while the one before it is made, if it can be read ahead.
         """
-        with ThreadPoolExecutor(1) as thread:
-            current: tuple[int, int, Box, Future[list[Local]]] | None = None
-            for turn, (key, number, box) in enumerate(units):
+        with self._loader() as load:
+            current: tuple[int, Unit, Callable[[], Loaded]] | None = None
+            for turn, (key, unit) in enumerate(units):
                 if self._lent:  # of the unit before the current one, whose buffer is the next one's
                     self.settle()
                     self._lent = False
-                following = key, number, box, thread.submit(self._load, number, box, turn % 2)
+                following = key, unit, load(unit, turn % 2)
                 if current is not None:
                     yield self._make(*current)
                 current = following
+                if not self._ahead:
+                    yield self._make(*current)
+                    current = None
             if current is not None:
                 yield self._make(*current)
 
-    def _make(self, key: int, number: int, box: Box, loaded: Future[list[Local]]) -> tuple[int, int]:
-        array, local, made = self.plan.arrays[number], loaded.result(), 0
-        for index, within in chunks(array, box):
-            chunk = self._make_chunk(number, local, within)
-            self.sink(number, index, chunk)
-            made += chunk.nbytes
+    @contextmanager
+    def _loader(self) -> Iterator[Callable[[Unit, int], Callable[[], Loaded]]]:
+        """What begins to load a unit into one of the buffers; its result waits for that."""
+        if not self._ahead:
+            yield lambda unit, turn: lambda: self._load(unit, 0)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            yield lambda unit, turn: thread.submit(self._load, unit, turn).result
+
+    def _make(self, key: int, unit: Unit, loaded: Callable[[], Loaded]) -> tuple[int, int]:
+        made = 0
+        for number, box, piece in self._pieces_of(unit.outputs, unit.box, loaded()):
+            self.put(number, box, piece)
+            made += piece.nbytes
         return key, made
 
-    def _load(self, number: int, box: Box, turn: int) -> list[Local]:
-        array = self.plan.arrays[number]
-        parts = [p for part in array.parts for p in restrict_part(part, box)]
-        needs = [need(p, array.sources[p.source].stored) if p.source is not None else None for p in parts]
-        held = self._held[turn] = grown(self._held[turn], sum(n.memory for n in needs if n is not None))
-        out, used = [], 0
-        for part, needed in zip(parts, needs, strict=True):
-            if needed is None or part.source is None:
-                out.append(Local(part, None, array.dtype))
-                continue
-            buffer = held[used : used + needed.memory]
-            used += needed.memory
-            source = array.sources[part.source]
-            dtype = source.stored.dtype
-            self._fetch(source.tensors, needed.tensors, needed.values.runs(), itemsize(dtype), buffer)
-            if needed.rows is None:
-                out.append(Local(packed(part, needed.values), buffer.view(numpy_dtype(dtype)), dtype))
-            else:
-                rows = self._decode(source, needed, needed.rows, buffer)
-                out.append(Local(packed_rows(part, needed.rows), rows, "float32"))
+    def pieces(self, array: Array, box: Box) -> Iterator[tuple[Box, Values]]:
+        """The pieces of a box of one output, which need be none of the plan's: each lasts until the next but one is made."""
+        kind = self.plan.kinds.index(array.kind)
+        local = self._load_arrays([array], box, 0)[0]
+        for piece in boxes(box, array.kind.chunk):
+            inside = tuple((a - low, b - low) for (a, b), (low, _) in zip(piece, box, strict=True))
+            yield piece, self._make_piece(kind, local, inside)
+
+    def _pieces_of(self, outputs: Sequence[int], box: Box, loaded: Loaded) -> Iterator[tuple[int, Box, Values]]:
+        kind = self.plan.outputs[outputs[0]].kind
+        for piece in boxes(box, self.plan.kinds[kind].chunk):
+            inside = tuple((a - low, b - low) for (a, b), (low, _) in zip(piece, box, strict=True))
+            for number, local in zip(outputs, loaded, strict=True):
+                yield number, piece, self._make_piece(kind, local, inside)
+
+    def _load(self, unit: Unit, turn: int) -> Loaded:
+        return self._load_arrays([self.plan.arrays[n] for n in unit.outputs], unit.box, turn)
+
+    def _load_arrays(self, arrays: Sequence[Array], box: Box, turn: int) -> Loaded:
+        """What the same box of each of some outputs of a kind is made of."""
+        kind = arrays[0].kind
+        parts = [p for part in kind.parts for p in restrict_part(part, box)]
+        begins = np.array([[s.begin for s in a.sources] for a in arrays], dtype=np.int64).reshape(len(arrays), -1)
+        regions = dict(needs(kind, begins, box))
+        sizes = {s: aligned(r.size * itemsize(kind.sources[s].dtype)) for s, r in regions.items()}
+        ranges = [[self._need(a, p) for p in parts] for a in arrays]
+        total = sum(sizes.values()) + sum(n.memory for own in ranges for n in own if n is not None)
+        held = self._held[turn] = grown(self._held[turn], total)
+        used = 0
+        read: dict[int, Values] = {}
+        for s, r in regions.items():
+            read[s] = self._read_region(arrays[0].sources[s], r, held[used : used + sizes[s]])
+            used += sizes[s]
+        out: Loaded = []
+        for array, wanted in zip(arrays, ranges, strict=True):
+            local = []
+            for part, needed in zip(parts, wanted, strict=True):
+                if part.source is None:
+                    local.append(Local(part, None, kind.dtype))
+                elif needed is None:
+                    operand, region = array.sources[part.source], regions[part.source]
+                    local.append(Local(_placed(part, operand, region), read[part.source], operand.stored.dtype))
+                else:
+                    buffer = held[used : used + needed.memory]
+                    used += needed.memory
+                    local.append(self._read_ranges(array.sources[part.source], part, needed, buffer))
+            out.append(local)
         return out
+
+    def _need(self, array: Array, part: Part) -> Need | None:
+        """What a part of an output needs of a source of which any range can be read."""
+        if part.source is None or array.kind.sources[part.source].chunk is not None:
+            return None
+        operand = array.sources[part.source]
+        return need(replace(part, base=part.base + operand.begin) if operand.begin else part, operand.stored)
+
+    def _read_region(self, operand: Operand, region: Region, buffer: Bytes) -> Values:
+        dtype = operand.stored.dtype
+        flat = buffer[: region.size * itemsize(dtype)].view(numpy_dtype(dtype))
+        self._read_box(operand.tensors[0], operand.stored, region, flat.reshape(region.shape))
+        return flat
+
+    def _read_box(self, tensor: int, stored: Stored, region: Region, out: Values) -> None:
+        room = max(0, min(self.plan.choices.memory - self.held_bytes, IN_FLIGHT))
+        self.readers.read_box(self.plan.tensors[tensor], region.axes, stored.chunk or stored.shape, out, room)
+
+    def stored_box(self, tensor: int, stored: Stored, region: Region) -> Values:
+        """A box of a stored array as it is. It lasts until more is read."""
+        size = region.size * itemsize(stored.dtype)
+        self._held[0] = grown(self._held[0], size)
+        values = self._held[0][:size].view(numpy_dtype(stored.dtype)).reshape(region.shape)
+        self._read_box(tensor, stored, region, values)
+        return values
+
+    def _read_ranges(self, operand: Operand, part: Part, needed: Need, buffer: Bytes) -> Local:
+        dtype = operand.stored.dtype
+        self._fetch(operand.tensors, needed.tensors, needed.values.runs(), itemsize(dtype), buffer)
+        if needed.rows is None:
+            return Local(packed(part, needed.values), buffer.view(numpy_dtype(dtype)), dtype)
+        return Local(packed_rows(part, needed.rows), self._decode(operand, needed, needed.rows, buffer), "float32")
 
     def _fetch(self, tensors: tuple[int, ...], wanted: list[int], runs: Runs, item: int, buffer: Bytes) -> None:
         """Reads runs of elements of `item` bytes of each wanted tensor, one after the other."""
@@ -115,7 +204,7 @@ class Worker:
             for first, length in runs:
                 # A tensor may be shorter than the most that such tensors have: zeros follow it.
                 size = min(length * item, tensor.end - tensor.begin - first * item)
-                self.reader.read_into(tensor.file, tensor.begin + first * item, view[at : at + size])
+                self.readers.read_range(tensor, first * item, view[at : at + size])
                 buffer[at + size : at + length * item] = 0
                 at += length * item
 
@@ -146,53 +235,48 @@ class Worker:
             ) from None
         return decoded
 
-    def _make_chunk(self, number: int, local: list[Local], within: Box) -> npt.NDArray[Any]:
-        array = self.plan.arrays[number]
-        shape = tuple(high - low for low, high in within)
-        found = [(x, p) for x in local for p in restrict_part(x.part, within)]
-        if len(found) == 1 and (direct := self._direct(found[0][0], found[0][1], number, shape)) is not None:
+    def _make_piece(self, number: int, local: list[Local], inside: Box) -> Values:
+        kind, order = self.plan.kinds[number], self._orders[number]
+        shape = tuple(high - low for low, high in inside)
+        found = [(x, p) for x in local for p in restrict_part(x.part, inside)]
+        if len(found) == 1 and (direct := _direct(*found[0], kind, shape, order)) is not None:
             self._lent = True
             return direct
-        self._lent = False
-        size, order = prod(shape) * itemsize(array.dtype), self._orders[number]
+        size = prod(shape) * itemsize(kind.dtype)
         turn = self._turn = 1 - self._turn
-        self._chunks[turn] = grown(self._chunks[turn], size)
-        flat = self._chunks[turn][:size].view(numpy_dtype(array.dtype))
+        self._pieces[turn] = grown(self._pieces[turn], size)
+        flat = self._pieces[turn][:size].view(numpy_dtype(kind.dtype))
         for x, part in found:
-            self._copy(x, part, array, shape, order, flat)
+            self._copy(x, part, kind, shape, order, flat)
         return in_order(flat, shape, order)
 
-    def _copy(
-        self, x: Local, part: Part, array: Array, shape: tuple[int, ...], order: Order, flat: npt.NDArray[Any]
-    ) -> None:
+    def _copy(self, x: Local, part: Part, kind: Kind, shape: tuple[int, ...], order: Order, flat: Values) -> None:
         loops, at = target_loops(part, shape, order)
         if x.data is None:
-            value = constant(part, array.dtype)
+            value = constant(part, kind.dtype)
             # As plain unsigned integers: numpy makes no strided views of some of ml_dtypes' types.
             bits = flat[at:].view(raw(flat.itemsize))
             steps = [t * flat.itemsize for _, _, t in loops]
             np.lib.stride_tricks.as_strided(bits, [n for n, _, _ in loops], steps)[...] = value.view(bits.dtype)
             return
-        self.kernel.copy(x.data, part.base, flat, at, loops, Conversion(x.dtype, array.dtype, part.math))
-
-    def _direct(self, x: Local, part: Part, number: int, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
-        """The chunk as it lies in the read buffer, where nothing needs to move."""
-        if x.data is None or not Conversion(x.dtype, self.plan.arrays[number].dtype, part.math).moves:
-            return None
-        loops, at = target_loops(part, shape, self._orders[number])
-        if at or any(loop != (prod(shape), 1, 1) for loop in simplify(loops)):
-            return None
-        return in_order(x.data[part.base : part.base + prod(shape)], shape, self._orders[number])
+        self.kernel.copy(x.data, part.base, flat, at, loops, Conversion(x.dtype, kind.dtype, part.math))
 
 
-def chunks(array: Array, box: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
-    """The chunks of a unit: their place in the array's grid, and their box relative to the unit's corner."""
-    ranges = (range(low, high, c) for (low, high), c in zip(box, array.chunk, strict=True))
-    for corner in product(*ranges):
-        within = tuple(
-            (x - low, min(x + c, high) - low) for x, c, (low, high) in zip(corner, array.chunk, box, strict=True)
-        )
-        yield tuple(x // c for x, c in zip(corner, array.chunk, strict=True)), within
+def _direct(x: Local, part: Part, kind: Kind, shape: tuple[int, ...], order: Order) -> Values | None:
+    """The piece as it lies in the read buffer, where nothing needs to move."""
+    if x.data is None or not Conversion(x.dtype, kind.dtype, part.math).moves:
+        return None
+    loops, at = target_loops(part, shape, order)
+    if at or any(loop != (prod(shape), 1, 1) for loop in simplify(loops)):
+        return None
+    return in_order(x.data[part.base : part.base + prod(shape)], shape, order)
+
+
+def _placed(part: Part, operand: Operand, region: Region) -> Part:
+    """The part's steps in a row-major array that holds a region of what it reads, and nothing else."""
+    shape = operand.stored.shape
+    moved = within(replace(part, base=0), shape, region)
+    return replace(moved, base=place_in(part.base + operand.begin, shape, region))
 
 
 def packed(part: Part, read: Read) -> Part:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ckptc.diagnostics import InputError
-from ckptc.plan.model import Plan
+from ckptc.plan.model import Box, Plan
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter
 from ckptc.storage.formats import checksum
 from ckptc.storage.formats.zarr3 import grid
@@ -28,7 +28,8 @@ class WriteBehind:
 
     def __init__(self, plan: Plan, writer: ItemsWriter, done: Callable[[int, int, list[Entry], int], None]) -> None:
         self._writer, self._done = writer, done
-        self._grids = [grid(a.shape, a.chunk) for a in plan.arrays]
+        self._kinds = [plan.kinds[o.kind] for o in plan.outputs]
+        self._grids = [grid(k.shape, k.chunk) for k in self._kinds]
         self._summer = checksum.Summer()
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[Entry | None] | None = None  # None: a piece of a large chunk, which nobody looks for
@@ -36,7 +37,8 @@ class WriteBehind:
         self._entries: list[Entry] = []
         self._sum = 0
 
-    def put(self, array: int, index: tuple[int, ...], chunk: npt.NDArray[Any]) -> None:
+    def put(self, array: int, box: Box, chunk: npt.NDArray[Any]) -> None:
+        index = tuple(low // c for (low, _), c in zip(box, self._kinds[array].chunk, strict=True))
         part = self._summer.chunk(checksum.cell_of(index, self._grids[array]), chunk)
         self.settle()
         self._sum += part
