@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
@@ -166,11 +166,13 @@ def model_record(mapping: Family, model: Model) -> dict[str, Any]:
     """One model whole, compiled from its shipped numbers in the first layout it has."""
     from ckptc.compile.compiler import compile_plan, layouts
     from ckptc.compile.options import Options
+    from ckptc.ops.codes import CODES
 
     plan = compile_plan(mapping, model, Options(layout=layouts(mapping, model)[0]))
     return {
         **model_row(mapping, model),
         "title": mapping.title,
+        "decodes": sorted(CODES),
         "dims": dict(plan.choices.dims),
         "tensors": plan.totals.tensors,
         "arrays": plan.totals.arrays,
@@ -187,6 +189,7 @@ def model(record: dict[str, Any]) -> str:
         f"{record['name']}: {record['title'] or record['family']}",
         f"repository  {record['repo']}",
         f"layouts     {', '.join(record['layouts'])}",
+        f"decodes     {', '.join(record['decodes'])}",
         f"size        {counts}, {size(record['write_bytes'])}",
         "dims        " + ", ".join(f"{k}={v}" for k, v in record["dims"].items()),
     ]
@@ -283,7 +286,11 @@ def summary_record(plan: Plan) -> dict[str, Any]:
     from msgspec import to_builtins
 
     body = to_builtins(plan)
-    return {**{k: body[k] for k in ("made", "choices", "layout", "totals", "left_out")}, "rules": rules(plan)}
+    return {
+        **{k: body[k] for k in ("made", "choices", "layout", "totals", "left_out")},
+        "decoded": dict(decoded(plan)),
+        "rules": rules(plan),
+    }
 
 
 def layout(choices: Choices) -> str:
@@ -313,6 +320,7 @@ def summary(plan: Plan) -> str:
         f"memory  {size(t.peak_memory_bytes)} for each worker, within a budget of {size(c.memory)}",
         *_mesh(plan),
     ]
+    lines += [f"decodes {n} weight{'s' if n != 1 else ''} stored as {code}" for code, n in decoded(plan)]
     lines += _links(plan)
     for x in plan.left_out:
         if x.tensors:
@@ -320,6 +328,17 @@ def summary(plan: Plan) -> str:
                 f"ignores {x.tensors} tensor{'s' if x.tensors != 1 else ''}, {size(x.bytes)}: `{x.pattern}`: {x.reason}"
             )
     return "\n".join([*lines, "", _rules(rules(plan))])
+
+
+def decoded(plan: Plan) -> list[tuple[str, int]]:
+    """How the source stores weights as codes, as people say it, and how many it stores so."""
+    from ckptc.ops.codes import code_of
+
+    found = defaultdict[str, set[int]](set)
+    for s in (s for a in plan.arrays for s in a.sources):
+        if d := s.stored.decode:
+            found[code_of(d.code, d.settings).describe()].update(s.tensors)
+    return [(code, len(tensors)) for code, tensors in sorted(found.items())]
 
 
 def _links(plan: Plan) -> list[str]:

@@ -35,9 +35,10 @@ def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoin
             help=f"give the mapping with --mapping, or use ckptc {plan.made.ckptc}, which made the plan",
         )
     choices = plan.choices
+    # Text is an expression. What is 0 is no size that can be given: it is computed again.
     given: dict[str, Any] = {
-        n: repr(v) if isinstance(v, str) else v for n, v in choices.dims.items()
-    }  # text is an expression
+        n: repr(v) if isinstance(v, str) else v for n, v in choices.dims.items() if isinstance(v, bool) or v != 0
+    }
     options = Options(
         layout=choices.layout, dtype=choices.dtype, multimodal=choices.multimodal, set=given, shards=choices.shards,
         memory=choices.memory, scan_axis=choices.scan_axis,

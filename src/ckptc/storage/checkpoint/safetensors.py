@@ -46,6 +46,7 @@ from ckptc.storage.source.files import (
 )
 
 CONFIG = "config.json"
+MODELOPT, QUANTIZATION = "hf_quant_config.json", "quantization_config"
 INDEX = "model.safetensors.index.json"
 LONE = "model.safetensors"
 # The largest published checkpoints have some 90,000 tensors in 200 files, an index of 10 MB, a config of 1 MB.
@@ -151,11 +152,26 @@ def _json_blocks(path: Path, name: str, kind: str, most: int) -> Iterator[bytes]
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """The object in config.json, None when there is no such file. Raises `missing-file` for a dangling link."""
-    path = directory / CONFIG
+    """The object in config.json, None when there is no such file. Raises `missing-file` for a dangling link.
+
+    Where it says nothing of quantisation and `hf_quant_config.json` does, as older uploads of modelopt have it, that is
+    its `quantization_config`.
+    """
+    config = _read_config(directory, CONFIG)
+    if config is None or QUANTIZATION in config:
+        return config
+    quantised = _read_config(directory, MODELOPT)
+    found = (quantised or {}).get("quantization")
+    if not isinstance(found, dict):
+        return config
+    return {**config, QUANTIZATION: {"quant_method": "modelopt", **found}}
+
+
+def _read_config(directory: Path, name: str) -> dict[str, Any] | None:
+    path = directory / name
     if not os.path.lexists(path):
         return None
-    return strict_json(_json_blocks(path, CONFIG, "config", MAX_CONFIG), CONFIG, "config", str(path))
+    return strict_json(_json_blocks(path, name, "config", MAX_CONFIG), name, "config", str(path))
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
