@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def test_only_what_reads_chunks_lists_them(ckptc: Command, monkeypatch: pytest.M
     def listed(items: Path) -> None:
         raise RuntimeError("listed")
 
+    import_module("ckptc.run.export")  # or it would be loaded meanwhile, and keep what is put in place here
     monkeypatch.setattr(orbax_reader, "list_plain", listed)
     options = ("--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL)
     export = ("export", *options, "--output", "out")
@@ -232,3 +234,30 @@ def test_layers_go_where_maxtext_has_them_and_come_back(ckptc: Command) -> None:
     back = ckptc("export", "--model", "llama2-7b", "--source", "out", "--output", "hf", "--config-from", original)
     assert "scanned, param_scan_axis 0, pipeline of stages=2,layers=4, to bfloat16" in back.out
     assert ckptc("diff", original, "hf").code == 0
+
+
+@pytest.mark.parametrize("option", ["--verify", "--restart", "--check-source=auto", "--mapping=nowhere.yaml"])
+def test_options_of_conversions_are_refused_with_an_exports_plan(option: str, ckptc: Command) -> None:
+    options = ("--export", "--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL)
+    assert ckptc("compile", *options, "-o", "plan.json").code == 0
+    done = ckptc("run", "plan.json", "--output", "out", option)
+    assert done.code == 1 and "error[unused-option]" in done.err and not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", ["--shards=4", "--compression=zstd"])
+def test_options_of_conversions_are_refused_when_an_export_is_compiled(option: str, ckptc: Command) -> None:
+    done = ckptc("compile", "--export", "--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL, option)
+    assert done.code == 1 and "error[unused-option]" in done.err
+
+
+@pytest.mark.parametrize("option", ["--config-from=.", "--max-shard-size=1GB"])
+def test_options_of_exports_are_refused_when_a_conversion_is_compiled(option: str, ckptc: Command) -> None:
+    done = ckptc("compile", "--model", MODEL, option)
+    assert done.code == 1 and "error[unused-option]" in done.err
+
+
+def test_an_option_of_exports_is_refused_with_a_conversions_plan(ckptc: Command, mapping: str, source: str) -> None:
+    compiling = ("compile", "--mapping", mapping, "--model", "tiny", "--source", source)
+    assert ckptc(*compiling, "-o", "plan.json").code == 0
+    done = ckptc("run", "plan.json", "--output", "out", "--config-from", ".")
+    assert done.code == 1 and "error[unused-option]" in done.err and not Path("out").exists()

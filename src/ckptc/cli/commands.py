@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptc.cli import export, render
 from ckptc.cli import processes as together
 from ckptc.cli.progress import show_progress
+from ckptc.cli.unused import refuse_unused
 from ckptc.compile.compiler import compile_plan
 from ckptc.compile.mesh import Mesh, read_mesh
 from ckptc.compile.options import Options
@@ -63,6 +64,7 @@ def _expanded(args: argparse.Namespace) -> None:
 
 
 def compile_(args: argparse.Namespace) -> None:
+    refuse_unused(args, "export" if args.export else "import")
     plan = _compile_export(args) if args.export else _compile(args)
     if args.num_processes and isinstance(plan.layout, Safetensors):
         raise fail("not-divided", "an export is the work of one process")
@@ -89,6 +91,7 @@ def compile_(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     with together.peers(args) as peers:
         plan, text = read_plan(Path(args.plan))
+        refuse_unused(args, "export" if isinstance(plan.layout, Safetensors) else "import")
         source = Path(args.source) if args.source else None
         if isinstance(plan.layout, Orbax):
             _execute(plan, text, args, source, peers)
