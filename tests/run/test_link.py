@@ -208,8 +208,10 @@ def test_verify_against_the_source_notices_that_it_was_changed_in_place(
         file.write(b"\1\1")
     if times == "set back":
         os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
-    now = zip(linked().files, open_checkpoint(source).files, strict=True)
-    plan = replace(linked(), files=tuple(replace(f, content=c.content) for f, c in now))
+    (before_it,) = linked().sources
+    now = zip(before_it.files, open_checkpoint(source).files, strict=True)
+    changed_source = replace(before_it, files=tuple(replace(f, content=c.content) for f, c in now))
+    plan = replace(linked(), sources=(changed_source,))
     with pytest.raises(InputError) as error:
         against_source(plan, tmp_path / "out" / "0", source, None, lambda progress: None)
     assert codes(error) == {"linked-changed"} and changed.name in error.value.diagnostics[0].message

@@ -182,7 +182,8 @@ def test_a_flipped_bit_of_the_source_is_found_with_a_file_of_sums(source: Path, 
     weights(source).write_bytes(content)
     assert refused(lambda: run(PLAN, source, tmp_path / "out", settings)).code == "source-changed"
     damaged = zip(PLAN.sources[0].files, open_checkpoint(source).files, strict=True)  # before it was compiled
-    plan = replace(PLAN, files=tuple(replace(f, content=now.content) for f, now in damaged))
+    files = tuple(replace(f, content=now.content) for f, now in damaged)
+    plan = replace(PLAN, sources=(replace(PLAN.sources[0], files=files),))
     run(plan, source, tmp_path / "unnoticed")
     found = refused(lambda: run(plan, source, tmp_path / "out", settings))
     assert found.code == "source-damaged" and FILES[0].name in found.message

@@ -495,6 +495,7 @@ def test_what_differs_is_exit_code_1(
 ) -> None:
     plan = str(tmp_path / "plan.json")
     change_source(source, "model.norm.weight", 0, 0)
+    arguments[arguments.index("--source") + 1] = str(source)
     assert command(["compile", *arguments, "-o", plan]) == 0
     assert command(["verify", plan, "--output", str(step), "--source", str(source)]) == 1
     assert f"1 of 48 elements of `{NORM}` is not what the source gives" in capsys.readouterr().err
