@@ -315,29 +315,33 @@ def test_files_are_what_transformers_writes(tmp_path: Path) -> None:
         (MemoryError(), "out-of-memory"),
     ],
 )
-def test_a_failed_export_leaves_nothing(
+def test_a_failed_export_leaves_nothing_that_a_reader_takes_for_weights(
     error: Exception, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES["qwen3_moe"]
     saved = DATA / "golden/qwen3_moe/orbax/scan.dev16"
     plan = export_plan(case, saved)
-
+    failing = {"after": 0}
     made = Worker._make
 
     def broken(self: Worker, key: int, unit: Unit, loaded: Callable[[], Loaded]) -> tuple[int, int]:
-        if key:
+        if key >= failing["after"]:
             raise error
         return made(self, key, unit, loaded)
 
     monkeypatch.setattr(Worker, "_make", broken)
-    with pytest.raises(InputError) as caught:
-        export(plan, tmp_path / "hf", saved, case.hf)
-    assert [d.code for d in caught.value.diagnostics] == [code]
-    assert not (tmp_path / "hf").exists()
-    (tmp_path / "hf").mkdir()
-    with pytest.raises(InputError):
-        export(plan, tmp_path / "hf", saved, case.hf)
-    assert os.listdir(tmp_path / "hf") == []
+    for after in (0, 1):
+        failing["after"] = after
+        with pytest.raises(InputError) as caught:
+            export(plan, tmp_path / "hf", saved, case.hf)
+        assert [d.code for d in caught.value.diagnostics] == [code]
+        if not after:
+            assert not (tmp_path / "hf").exists(), "nothing was done, nothing is kept"
+    assert all(name.startswith(".") for name in os.listdir(tmp_path / "hf"))
+    monkeypatch.undo()
+    found, _ = exported(plan, saved, tmp_path / "hf", case, whole=False)
+    assert broken_promises(plan, found, source_tensors(case.hf)) == []
+    assert not [name for name in os.listdir(tmp_path / "hf") if name.startswith(".")]
 
 
 def test_too_little_room_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

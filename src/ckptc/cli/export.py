@@ -50,6 +50,11 @@ def add_export(commands: Any) -> None:
     shown.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments.jobs(parser)
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is in the output")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="throw away what an unfinished export has left in the output (default: go on where it stopped)",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -225,7 +230,9 @@ def execute(
 
     jobs = args.jobs or cores()
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        report = run_export(plan, Path(args.output), source, companions, on_progress, args.force, jobs, plain)
+        report = run_export(
+            plan, Path(args.output), source, companions, on_progress, args.force, jobs, plain, args.restart
+        )
     if args.json:
         record = {
             **asdict(report),

@@ -13,18 +13,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ckptc.diagnostics import Diagnostic, InputError, fail
+from ckptc.diagnostics import InputError, fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.files import headers, places, texts
+from ckptc.plan.json import digest
 from ckptc.plan.model import Box, Plan, Safetensors
-from ckptc.plan.order import forwards
+from ckptc.plan.order import forwards, written
 from ckptc.run.forked_call import apart, can_fork
-from ckptc.run.journal import output_error
+from ckptc.run.journal import SYNC_SECONDS, output_error
 from ckptc.run.leftovers import trained_rows, twin_differs
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
@@ -71,10 +72,13 @@ def export(
     force: bool = False,
     jobs: int = 1,
     plain: PlainIndex | None = None,
+    restart: bool = False,
 ) -> ExportReport:
-    """Executes exactly the plan, into `output`. `companions`: the directory with the files to copy, if there are any.
-    `jobs`: worker processes at most, as far as the plan's memory goes; with one, all is done in this process. `plain`:
-    what `list_plain` says of the checkpoint, if it has been asked already.
+    """Executes exactly the plan, into `output`; goes on with an unfinished run of the same plan, unless `restart`.
+
+    `companions`: the directory with the files to copy, if there are any. `jobs`: worker processes at most, as far as the
+    plan's memory goes; with one, all is done in this process. `plain`: what `list_plain` says of the checkpoint, if it has
+    been asked already.
 
     Raises InputError: `unknown-source`, `source-changed`, `checksum-differs`, `worker-died`, `out-of-memory`, what `find_step` and
     `CheckpointWriter` raise, what reading raises, and `disk-full` or `unwritable-output` when the system refuses to
@@ -93,19 +97,23 @@ def export(
     _refuse_to_overwrite(output, items, [*({companions} if companions else ()), *(p.parent for p in copies.values())])
     specs = [FileSpec(f.name, f.size, begin) for f, begin in zip(layout.files, headers(plan, layout), strict=True)]
     try:
-        with CheckpointWriter(output, specs, force=force) as writer:
-            check_room(output, sum(f.size for f in specs))
+        with CheckpointWriter(output, specs, force=force, plan=digest(plan), source=before, restart=restart) as writer:
+            check_room(output, sum(f.size for f in specs) if not writer.done else 0)
             writer.create()
             sums = Sums(noted_sums(items), _read_arrays(plan))
             work = _Work(plan, Place(items, plain, sums), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
-            _check_undisturbed(items, files, before)  # before what differs is called damage
-            work.compare(sums)
-            _check_undisturbed(items, files, before)
+            try:
+                _check_undisturbed(items, files, before)  # before what differs is called damage
+                work.compare(sums)
+                _check_undisturbed(items, files, before)
+            except InputError:
+                writer.forget()
+                raise
             writer.commit(texts(plan, layout), copies)
     except OSError as error:  # not of reading, which says so itself
-        raise output_error(output, error, again="") from None
+        raise output_error(output, error) from None
     seconds = time.perf_counter() - started
     return ExportReport(
         str(output), work.read, plan.totals.write_bytes, seconds, peak_resident_bytes(), tuple(work.warnings()),
@@ -156,19 +164,38 @@ class _Work:
         self._numbers = {o.name: n for n, o in enumerate(plan.outputs)}
 
     def make_tensors(self, on_progress: Callable[[Progress], None]) -> None:
-        todo, total = forwards(self.plan), self.plan.totals.write_bytes
+        units, total = forwards(self.plan), self.plan.totals.write_bytes
+        todo = [n for n in range(len(units)) if n not in self.writer.done]
+        resumed = sum(written(self.plan, units[n]) for n in self.writer.done)
 
         def watch(shared: Shared) -> None:
-            name = self.plan.outputs[todo[min(shared.unit, len(todo) - 1)].outputs[0]].name
-            on_progress(Progress(shared.written, total, name))
+            name = self.plan.outputs[units[todo[min(shared.unit, len(todo) - 1)]].outputs[0]].name
+            on_progress(Progress(resumed + shared.written, total, name))
 
-        def make(k: int, worker: Worker, shared: Shared, tick: Callable[[], None]) -> None:
-            written = 0
-            with closing(worker.make((n, todo[n]) for n in shared.numbers(len(todo)))) as made:
-                for number, size in made:
-                    written += size
-                    shared.note(k, number, written, worker.readers.bytes_read)
-                    tick()
+        def make(k: int, worker: Worker, boxes: _Boxes, shared: Shared, tick: Callable[[], None]) -> None:
+            made, ended, noted = 0, list[int](), time.monotonic()
+
+            def note() -> None:
+                boxes.settle()
+                self.writer.note(ended)
+                ended.clear()
+
+            try:
+                numbers = ((i, units[todo[i]]) for i in shared.numbers(len(todo)))
+                with closing(worker.make(numbers)) as making:
+                    for i, size in making:
+                        made += size
+                        ended.append(todo[i])
+                        if time.monotonic() - noted >= SYNC_SECONDS:
+                            note()
+                            noted = time.monotonic()
+                        shared.note(k, i, made, worker.readers.bytes_read)
+                        tick()
+            except BaseException:
+                with suppress(OSError, MemoryError, InputError):  # what is done is kept, if that is possible
+                    note()
+                raise
+            note()
 
         self._spread(len(todo), make, watch)
 
@@ -202,7 +229,7 @@ class _Work:
     def _each(self, count: int, look: Callable[[Worker, int], None]) -> None:
         """Calls `look` with each number below `count`, by workers."""
 
-        def body(k: int, worker: Worker, shared: Shared, tick: Callable[[], None]) -> None:
+        def body(k: int, worker: Worker, boxes: _Boxes, shared: Shared, tick: Callable[[], None]) -> None:
             for number in shared.numbers(count):
                 look(worker, number)
                 shared.note(k, number, 0, worker.readers.bytes_read)
@@ -212,7 +239,7 @@ class _Work:
     def _spread(
         self,
         count: int,
-        work: Callable[[int, Worker, Shared, Callable[[], None]], None],
+        work: Callable[[int, Worker, _Boxes, Shared, Callable[[], None]], None],
         watch: Callable[[Shared], None],
     ) -> None:
         """Calls `work` in each worker process, with its number, for so many numbers that they share."""
@@ -227,10 +254,10 @@ class _Work:
                     Readers.of(self.plan, [self.place]) as readers,
                     _Boxes(self.writer, self.plan, self._places) as boxes,
                 ):
-                    work(k, Worker(self.plan, readers, boxes.put, boxes.settle), shared, tick)
+                    work(k, Worker(self.plan, readers, boxes.put, boxes.settle), boxes, shared, tick)
                 self.writer.settle()
             except OSError as error:
-                raise output_error(self.output, error, again="") from None
+                raise output_error(self.output, error) from None
             except MemoryError:
                 raise fail(
                     "out-of-memory",
@@ -238,10 +265,7 @@ class _Work:
                     help="use fewer --jobs, or less --memory",
                 ) from None
 
-        try:
-            run_workers(jobs, body, lambda: watch(shared), shared)
-        except InputError as error:
-            raise InputError(_without_resuming(d) for d in error.diagnostics) from None
+        run_workers(jobs, body, lambda: watch(shared), shared)
         self.read += shared.read
 
     def warnings(self) -> Iterator[str]:
@@ -293,13 +317,6 @@ class _Boxes:
                 self.settle()
         finally:
             self._thread.shutdown()
-
-
-def _without_resuming(found: Diagnostic) -> Diagnostic:
-    """A worker's end as an export has it, which keeps nothing of an unfinished run."""
-    if found.code != "worker-died":
-        return found
-    return replace(found, help="where memory ran out, use fewer --jobs or less --memory")
 
 
 def _refuse_to_overwrite(output: Path, items: Path, read: list[Path]) -> None:

@@ -7,9 +7,10 @@ are whole.
     <directory>/.NAME.ckptc-replaced      one that was there, meanwhile
     <directory>/NAME                      config.json last, so that a directory with a config is a whole checkpoint
 
-An interrupted run leaves nothing but hidden files of names that no reader takes for weights; the next run removes them.
-One that is interrupted while files get their names is undone by the next run: what was there is there again. The
-directory is locked while files are written to it.
+An interrupted run leaves nothing but hidden files of names that no reader takes for weights. Where it has noted what is
+done (`ckptc.storage.checkpoint.notes`), the next run of the same plan goes on from there; else that removes them. One
+that is interrupted while files get their names is undone by the next run: what was there is there again. The directory
+is locked while files are written to it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import fail
+from ckptc.storage.checkpoint.notes import JOURNAL, Noted, Notes, read_notes
 from ckptc.storage.checkpoint.safetensors import CONFIG, INDEX
 from ckptc.storage.sink.file import BulkFile
+from ckptc.storage.source.content import Status, changed_since, first_of
 from ckptc.storage.source.files import resolve
 
 UNFINISHED = ".ckptc-unfinished"
@@ -48,16 +51,33 @@ class FileSpec:
 
 
 class CheckpointWriter:
-    """The files of one checkpoint. A context manager: leaving it without `commit` removes what was written.
+    """The files of one checkpoint. A context manager: leaving it without `commit` removes what was written, unless units
+    of a plan have been noted as done.
 
-    Raises InputError: `output-exists` (unless `force`), `output-busy`; OSError, here and in every method, when the
-    system refuses to write.
+    `plan`: the digest of what is written; without one, nothing is noted. `source`: what the system says of the files that
+    it is made of. `done`: the units that an earlier run has noted.
+
+    Raises InputError: `output-exists` (unless `force`), `output-busy`, and, unless `restart`, `other-plan` and
+    `source-changed`, where what is unfinished is of another; OSError, here and in every method, when the system refuses
+    to write.
     """
 
-    def __init__(self, directory: Path, files: Sequence[FileSpec], *, force: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Sequence[FileSpec],
+        *,
+        force: bool = False,
+        plan: str = "",
+        source: Mapping[str, Status] | None = None,
+        restart: bool = False,
+    ) -> None:
         self._directory, self._files = directory, tuple(files)
+        self._plan, self._source, self._restart = plan, dict(source or {}), restart
         self._open: list[BulkFile] = []
-        self._committed = False
+        self._committed = self._mine = False
+        self._kept: Noted | None = None
+        self._notes: Notes | None = None
         self._made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -68,12 +88,31 @@ class CheckpointWriter:
             raise
 
     def create(self) -> None:
-        """Takes the room for every file, and writes what each begins with."""
+        """Takes the room for every file, and writes what each begins with, unless an earlier run has."""
         for file in self._files:
             self._open.append(BulkFile(self._temporary(file.name)))
+            if self._kept is not None:
+                continue
             self._open[-1].truncate(0)
             self._open[-1].reserve(file.size)
             self._open[-1].write(0, memoryview(file.header))
+        if self._plan:
+            self._notes = Notes(self._directory, self._plan, self._source, self._kept)
+
+    @property
+    def done(self) -> frozenset[int]:
+        return self._kept.units if self._kept is not None else frozenset()
+
+    def note(self, units: Sequence[int]) -> None:
+        """Makes durable what is written, and notes units of which all is."""
+        if self._notes is not None and units:
+            for file in self._open:
+                file.sync()
+            self._notes.add(units)
+
+    def forget(self) -> None:
+        """What has been noted counts no more: leaving removes what was written."""
+        (self._directory / JOURNAL).unlink(missing_ok=True)
 
     def _claim(self, force: bool) -> None:
         try:
@@ -87,9 +126,6 @@ class CheckpointWriter:
                 help="wait for it, or choose another --output",
             ) from None
         self._undo()
-        for name in os.listdir(self._directory):
-            if name.startswith(".") and name.endswith((UNFINISHED, REPLACED)):
-                (self._directory / name).unlink()
         self._replaced = [
             n for n in sorted(os.listdir(self._directory)) if n in (CONFIG, INDEX) or n.endswith(".safetensors")
         ]
@@ -99,6 +135,35 @@ class CheckpointWriter:
                 f"there is a checkpoint in {self._directory} already: {self._replaced[0]}",
                 help="choose another --output, or use --force to replace it",
             )
+        self._kept = self._resumable()
+        self._mine = True
+        for name in os.listdir(self._directory):
+            there = name.startswith(".") and name.endswith((UNFINISHED, REPLACED, f"{JOURNAL}.new"))
+            if (there and not (self._kept and name.endswith(UNFINISHED))) or (name == JOURNAL and not self._kept):
+                (self._directory / name).unlink()
+
+    def _resumable(self) -> Noted | None:
+        """What an earlier run of the same plan has left, if that is all there still."""
+        noted = read_notes(self._directory) if not self._restart else None
+        if noted is None or not noted.units:
+            return None
+        if noted.plan != self._plan:
+            raise fail(
+                "other-plan",
+                f"an unfinished run of another plan is in {self._directory}",
+                notes=(f"expected: {self._plan}", f"found:    {noted.plan}"),
+                help="run that plan to go on with it, or use --restart to throw its work away",
+            )
+        then = {name: Status(*status) for name, status in noted.source.items()}
+        if lines := changed_since(then, self._source):
+            message = (
+                f"what is read may hold other weights than those that the unfinished run in {self._directory} has read"
+            )
+            help = "put its files back as they were, or use --restart, which makes all of it again"
+            raise fail("source-changed", message, notes=first_of(lines), help=help)
+        sizes = {file.name: file.size for file in self._files}
+        whole = all(_size(self._temporary(name)) == size for name, size in sizes.items())
+        return noted if whole else None
 
     def _undo(self) -> None:
         """Takes back the names that an interrupted `commit` gave, if it had not given all of them."""
@@ -109,7 +174,8 @@ class CheckpointWriter:
         if any(self._temporary(name).exists() for name in names["new"]):
             for name in names["new"]:
                 if not self._temporary(name).exists():
-                    self._final(name).unlink(missing_ok=True)
+                    with suppress(FileNotFoundError):
+                        os.rename(self._final(name), self._temporary(name))
             for name in names["old"]:
                 with suppress(FileNotFoundError):
                     os.rename(self._aside(name), self._final(name))
@@ -182,6 +248,7 @@ class CheckpointWriter:
         (self._directory / COMMIT).unlink()
         os.fsync(self._lock)
         self._committed = True
+        (self._directory / JOURNAL).unlink(missing_ok=True)
         for name in old:
             self._aside(name).unlink()
 
@@ -189,12 +256,17 @@ class CheckpointWriter:
         for file in self._open:
             file.abandon()
         self._open = []
+        if self._notes is not None:
+            self._notes.close()
         if self._lock < 0:
             return
-        if not self._committed:
+        if not self._committed and self._mine:
             self._undo()
-            for path in self._directory.glob(f".*{UNFINISHED}"):
+            noted = read_notes(self._directory)
+            for path in self._directory.glob(f".*{UNFINISHED}") if not (noted and noted.units) else ():
                 path.unlink()
+            if not (noted and noted.units):
+                (self._directory / JOURNAL).unlink(missing_ok=True)
             if self._made:
                 with suppress(OSError):
                     self._directory.rmdir()
@@ -208,6 +280,14 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._discard()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _put(path: Path, content: bytes) -> None:
