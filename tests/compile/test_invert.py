@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.ops.evaluate import elements
-from tests.ops.strategies import Made, apply, chains, leaf
+from tests.ops.strategies import CASES, Made, apply, chains, leaf
 
 from ckptc.compile.fold import Folded
 from ckptc.compile.invert import Inverted, invert
 from ckptc.diagnostics import Span
 from ckptc.ir.graph import Fill, Graph, Leaf, Target
-from ckptc.ops import Axis, Concat, Pad, Rearrange, Slice, SplitLast, TensorType, Transpose
+from ckptc.ops import Axis, Concat, Op, Pad, Rearrange, Resize, Slice, Split, SplitLast, TensorType, Transpose
 from ckptc.ops.nest import Part
 from ckptc.plan.regions import Region, axis_of, region, strides, union, within
 
@@ -72,6 +73,22 @@ def test_the_inverse_pairs_the_same_elements(made: Made) -> None:
     found = inverse_pairs(made, tensors)
     assert len(found) == len(set(found))
     assert set(found) == forward_pairs(made)
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.name)
+@relaxed
+@given(data=st.data())
+def test_every_op_is_undone_to_the_last_element(kind: type[Op], data: st.DataObject) -> None:
+    """Of each tensor that it reads, but for what a slice drops, which other rules keep."""
+    op, ins = data.draw(CASES[kind])
+    with np.errstate(all="ignore"):
+        made = apply(op, [leaf(type_, n, n, 0) for n, type_ in enumerate(ins)])
+    tensors, _ = inverted(made)
+    found = inverse_pairs(made, tensors)
+    assert len({(name, element) for name, element, _ in found}) == len(found), "each element is taken once"
+    drops = kind in (Slice, Split) or (isinstance(op, Resize) and made.type.size < ins[0].size)
+    assert drops or len(found) == sum(type_.size for type_ in ins)
+    assert {(place, element) for _, element, place in found} == {(p, e) for _, e, p in forward_pairs(made)}
 
 
 @relaxed

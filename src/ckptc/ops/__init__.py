@@ -1,7 +1,7 @@
 """The op vocabulary. One module per kind; `VOCABULARY` is every word a mapping can use."""
 
 from ckptc.ops.arithmetic import Add, Cast, Scale
-from ckptc.ops.base import Inverse, Op, infer_chain
+from ckptc.ops.base import Op, infer_chain
 from ckptc.ops.joining import Concat, Stack
 from ckptc.ops.padding import Pad, Resize
 from ckptc.ops.rearrange import Rearrange
@@ -14,7 +14,7 @@ VOCABULARY: tuple[type[Op], ...] = (
 )  # fmt: skip
 
 __all__ = [
-    "VOCABULARY", "Add", "Axis", "Cast", "Concat", "Interleave", "Inverse", "Op", "OpError",
+    "VOCABULARY", "Add", "Axis", "Cast", "Concat", "Interleave", "Op", "OpError",
     "Pad", "PermuteRope", "Rearrange", "ReshapeHeads", "Resize", "Scale", "Slice", "Split", "SplitLast", "Stack", "TensorType", "Transpose",
     "infer_chain",
 ]  # fmt: skip

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from msgspec.structs import replace
 
-from ckptc.ops.base import Array, Inverse, Op, Parts, one
+from ckptc.ops.base import Array, Op, Parts, one
 from ckptc.ops.types import OpError, TensorType, check_float, is_float, numpy_dtype
 
 
@@ -27,10 +26,7 @@ def _float32(value: float, op: str) -> np.float32:
 
 @dataclass(frozen=True, slots=True)
 class Scale(Op):
-    """Times `factor` (rounded to float32), in float32. The shape stays; the dtype is float32 until a cast.
-
-    The inverse multiplies by 1/factor: exact where the factor is a power of two (and nothing overflows), else it rounds.
-    """
+    """Times `factor` (rounded to float32), in float32. The shape stays; the dtype is float32 until a cast."""
 
     factor: float
     name = "scale"
@@ -49,17 +45,13 @@ class Scale(Op):
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return _math(parts[0], ("scale", float(np.float32(self.factor))))
 
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        exact = abs(math.frexp(float(np.float32(self.factor)))[0]) == 0.5 and _in_float32(inputs[0].dtype)
-        return (Inverse((Scale(1.0 / float(np.float32(self.factor))), *_back(inputs[0].dtype)), rounds=not exact),)
-
     def describe(self) -> str:
         return f"scale {float(np.float32(self.factor)):.9g}"
 
 
 @dataclass(frozen=True, slots=True)
 class Add(Op):
-    """Plus `term` (rounded to float32), in float32. The shape stays; the dtype is float32 until a cast. The inverse rounds."""
+    """Plus `term` (rounded to float32), in float32. The shape stays; the dtype is float32 until a cast."""
 
     term: float
     name = "add"
@@ -76,30 +68,8 @@ class Add(Op):
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return _math(parts[0], ("add", float(np.float32(self.term))))
 
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        # Even adding 0 is not undone bit for bit: it makes 0 of -0.
-        return (Inverse((Add(-float(np.float32(self.term))), *_back(inputs[0].dtype)), rounds=True),)
-
     def describe(self) -> str:
         return f"add {float(np.float32(self.term)):.9g}"
-
-
-def _in_float32(dtype: str) -> bool:
-    return dtype == "float32" or dtype in _HOLDS["float32"]
-
-
-def _back(dtype: str) -> tuple[Op, ...]:
-    """The cast from float32 to what the input was."""
-    return () if dtype == "float32" else (Cast(dtype),)
-
-
-# Which floats hold all values of which: a cast along these is exact both ways.
-_HOLDS = {
-    "float32": {"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"},
-    "float64": {"float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"},
-    "bfloat16": {"float8_e4m3fn", "float8_e5m2"},
-    "float16": {"float8_e4m3fn", "float8_e5m2"},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +91,6 @@ class Cast(Op):
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return parts[0] if self.dtype == inputs[0].dtype else _math(parts[0], ("cast", self.dtype))
-
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        old = inputs[0].dtype
-        return (Inverse((Cast(old),), rounds=self.dtype != old and old not in _HOLDS.get(self.dtype, ())),)
 
     def describe(self) -> str:
         return f"cast {self.dtype}"

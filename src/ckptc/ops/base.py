@@ -1,10 +1,9 @@
-"""What an op is: a shape rule, a dtype rule, a forward, an inverse, and its effect on index nests."""
+"""What an op is: a shape rule, a dtype rule, a forward, and its effect on index nests."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -16,19 +15,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Parts = list[Part]
 
 
-@dataclass(frozen=True, slots=True)
-class Inverse:
-    """How to get one input back from the output, and whether that is exact (`rounds` false) or rounds."""
-
-    ops: tuple[Op, ...]
-    rounds: bool = False
-
-
 class Op(ABC):
     """One step from arrays to an array. Ops are frozen records; sizes are already numbers.
 
     `infer` is the shape and dtype rule and raises OpError when the input does not fit. `forward` is the plain meaning, in numpy, on whole
-    arrays: what verification and tests trust. `lower` says the same on index nests, which is what the executor runs.
+    arrays: what verification and tests trust. `lower` says the same on index nests, which is what the executor runs, and
+    what the way back is derived from (`ckptc.compile.invert`).
     """
 
     name: ClassVar[str]
@@ -45,10 +37,6 @@ class Op(ABC):
     @abstractmethod
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         """The output's parts, from the inputs' parts."""
-
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...] | None:
-        """One inverse per input, applied to the output; None where the op drops elements that other rules keep."""
-        return None
 
     @abstractmethod
     def describe(self) -> str:
@@ -80,18 +68,6 @@ class Sugar(Op):
         for op in self.expand(type_):
             out, type_ = op.lower([out], [type_]), op.infer([type_])
         return out
-
-    @final
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...] | None:
-        undo: tuple[Op, ...] = ()
-        type_, rounds = inputs[0], False
-        for op in self.expand(type_):
-            inverses = op.inverse([type_])
-            if inverses is None:
-                return None
-            undo, rounds = inverses[0].ops + undo, rounds or inverses[0].rounds
-            type_ = op.infer([type_])
-        return (Inverse(undo, rounds),)
 
 
 def infer_chain(ops: Sequence[Op], input: TensorType) -> TensorType:

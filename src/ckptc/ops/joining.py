@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec.structs import replace
 
-from ckptc.ops.base import Array, Inverse, Op, Parts
+from ckptc.ops.base import Array, Op, Parts
 from ckptc.ops.nest import AxisMap
-from ckptc.ops.rename import Rename
-from ckptc.ops.slicing import Slice
 from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
 
 
@@ -59,15 +57,6 @@ class Concat(Op):
             offset += type_.axes[position].size
         return out
 
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        out, offset, position = [], 0, self._position(inputs)
-        for type_ in inputs:
-            name, size = type_.axes[position].name, type_.axes[position].size
-            back = () if name == self.axis else (Rename(position, name),)
-            out.append(Inverse((Slice(((self.axis, offset, offset + size),)), *back)))
-            offset += size
-        return tuple(out)
-
     def describe(self) -> str:
         return f"concat {self.axis}"
 
@@ -91,9 +80,6 @@ class Stack(Op):
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return [replace(p, axes=(AxisMap(i, ()), *p.axes)) for i, own in enumerate(parts) for p in own]
-
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        return tuple(Inverse((Slice(((self.axis, i, None),)),)) for i in range(len(inputs)))
 
     def describe(self) -> str:
         return f"stack {self.axis}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptc.ops.base import Array, Inverse, Op, Parts, Sugar, one
+from ckptc.ops.base import Array, Op, Parts, Sugar, one
 from ckptc.ops.nest import AxisMap, Factor, Part, whole
 from ckptc.ops.slicing import Slice
 from ckptc.ops.types import Axis, OpError, TensorType, replace_axis
@@ -41,10 +41,6 @@ class Pad(Op):
         added = AxisMap(old, (Factor(self.size - old, 1, 0),) if self.size - old > 1 else ())
         axes = tuple(added if i == position else whole(a.size, 0) for i, a in enumerate(inputs[0].axes))
         return [*parts[0], Part(None, 0, 0, axes)]
-
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        old = inputs[0].axes[inputs[0].find(self.axis)].size
-        return (Inverse((Slice(((self.axis, 0, old),)),)),)
 
     def describe(self) -> str:
         return f"pad {self.axis} to {self.size}"

@@ -9,10 +9,9 @@ from math import prod
 import numpy as np
 from msgspec.structs import replace
 
-from ckptc.ops.base import Array, Inverse, Op, Parts, one
+from ckptc.ops.base import Array, Op, Parts, one
 from ckptc.ops.nest import AxisMap, Part, merge_axes, split_axis
 from ckptc.ops.pattern import Group, show
-from ckptc.ops.rename import Rename
 from ckptc.ops.types import Axis, OpError, TensorType
 
 SizedGroup = tuple[Axis, ...]
@@ -77,15 +76,6 @@ class Rearrange(Op):
             axes = tuple(merge_axes(tuple(atoms[a.name] for a in g), tuple(a.size for a in g)) for g in self.right)
             out.append(replace(p, axes=axes))
         return out
-
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        # An axis of the input may have had another name than its group, `rows` for `(heads head_dim)`.
-        names = [
-            (i, a.name)
-            for i, (g, a) in enumerate(zip(self.left, inputs[0].axes, strict=True))
-            if fused(g).name != a.name
-        ]
-        return (Inverse((Rearrange(self.right, self.left), *(Rename(i, name) for i, name in names))),)
 
     def describe(self) -> str:
         return f"{show(_names(self.left))} -> {show(_names(self.right))}"

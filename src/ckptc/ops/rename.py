@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptc.ops.base import Array, Inverse, Op, Parts, one
+from ckptc.ops.base import Array, Op, Parts, one
 from ckptc.ops.types import Axis, TensorType, replace_axis
 
 
@@ -26,9 +26,6 @@ class Rename(Op):
 
     def lower(self, parts: Sequence[Parts], inputs: Sequence[TensorType]) -> Parts:
         return parts[0]
-
-    def inverse(self, inputs: Sequence[TensorType]) -> tuple[Inverse, ...]:
-        return (Inverse((Rename(self.position, inputs[0].axes[self.position].name),)),)
 
     def describe(self) -> str:
         return f"rename axis {self.position} to {self.to}"

@@ -16,8 +16,8 @@ from ckptc.ops.types import Axis, OpError, TensorType
 class Slice(Op):
     """Keeps [begin, end) of each named axis, or drops the axis at one index (`end` None).
 
-    Shape rule: size end - begin, or no axis. The dtype stays. It has no inverse of its own: the elements it drops are those that
-    other rules keep, and the inverse of the whole plan puts all of them back.
+    Shape rule: size end - begin, or no axis. The dtype stays. The elements it drops are those that
+    other rules keep, and an export puts all of them back.
     """
 
     cuts: tuple[tuple[str, int, int | None], ...]
