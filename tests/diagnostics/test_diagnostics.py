@@ -45,6 +45,9 @@ COMPILE = "compile --mapping mapping.yaml --model tiny --source checkpoint"
 FAULTS = {
     "connection-lost", "linked-changed", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
     "process-failed", "processes-missing", "worker-died",
+    # What a server on the network answers.
+    "hub-bad-token", "hub-gated", "hub-no-commit", "hub-no-file", "hub-no-ranges", "hub-no-repository", "hub-no-revision",
+    "hub-offline", "hub-refused", "hub-unreachable",
 }  # fmt: skip
 
 EXPECTING = {"pytest.raises", "pytest.mark.parametrize", "refused", "refusal", "raises"}

@@ -22,6 +22,8 @@ _UNITS = {
     "TI": 1 << 40,
 }
 MEMORY_LEAST = 1 * MIB
+SCHEME = "hf://"
+ON_THE_HUB = ("compile", "run", "convert", "verify")  # commands whose source may lie there
 LARGEST = 10**18  # that a number may be, here and in mappings
 
 
@@ -30,15 +32,15 @@ def scan_axis(parser: argparse.ArgumentParser, **options: Any) -> None:
     parser.add_argument("--param-scan-axis", type=int, choices=range(4), metavar="N", **options)
 
 
-def compilation(parser: argparse.ArgumentParser, source_required: bool = False) -> None:
+def compilation(parser: argparse.ArgumentParser, source: str = "the numbers shipped for the model") -> None:
     """What decides a plan."""
     parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
     parser.add_argument(
         "--source",
-        metavar="DIR",
-        required=source_required,
-        help="a checkpoint: config.json and safetensors files. Its config decides the dims, its headers check every "
-        "shape" + ("" if source_required else " (default: the numbers shipped for the model)"),
+        metavar="DIR|hf://ORG/NAME[@REVISION]",
+        help="a checkpoint: config.json and safetensors files, in a directory or on the Hugging Face Hub, from which "
+        "weights are streamed. Its config decides the dims, its headers check every shape "
+        f"(default: {source})",
     )
     parser.add_argument(
         "--scan",
@@ -147,6 +149,12 @@ def execution(parser: argparse.ArgumentParser) -> None:
         help="before the output appears, read all of it back and compare it with the source, bit by bit",
     )
     parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="download the source's files into the Hub's cache first and keep them there (default: stream them, and keep "
+        "nothing)",
+    )
+    parser.add_argument(
         "--check-source",
         metavar="FILE|auto",
         help="first compare the SHA-256 of every source file with this file, as `sha256sum` writes it, or with what "
@@ -162,8 +170,10 @@ def refuse_urls(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if not isinstance(value, str) or not re.match("[a-z0-9]+://", value):
             continue
+        if name == "source" and value.startswith(SCHEME) and args.command in ON_THE_HUB:
+            continue
         if args.command not in ("run", "convert") or name != "output":
-            help = "give a local path; only the --output of `run` and `convert` may be gs://BUCKET/PATH"
+            help = "give a local path; a --source may be hf://ORG/NAME, the --output of `run` and `convert` gs://BUCKET/PATH"
             raise fail("unsupported-url", f"{value} is a URL, and `{args.command}` has no use for it there", help=help)
         if args.verify:
             help = "leave out --verify; compare a copy of it in a directory: `ckptc verify PLAN --output DIR`"

@@ -30,6 +30,9 @@ from ckptc.spec.mapping import TARGET, Family, Model, find_model, load_mapping, 
 from ckptc.spec.rules import load_rules
 from ckptc.spec.target import Rules, target_tree
 from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.storage.source.base import Source, opened
+from ckptc.storage.source.hub import Repository
+from ckptc.storage.source.hub_client import SCHEME
 from ckptc.storage.source.remembered import remember
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ def _expanded(args: argparse.Namespace) -> None:
 
 def compile_(args: argparse.Namespace) -> None:
     refuse_unused(args, "export" if args.export else "import")
-    plan = _compile_export(args) if args.export else _compile(args)
+    plan = _compile_export(args) if args.export else _compile(args, opened(args.source) if args.source else None)
     if args.num_processes and isinstance(plan.layout, Safetensors):
         raise fail("not-divided", "an export is the work of one process")
     text = plan_json.dumps(plan)
@@ -92,10 +95,10 @@ def run(args: argparse.Namespace) -> None:
     with together.peers(args) as peers:
         plan, text = read_plan(Path(args.plan))
         refuse_unused(args, "export" if isinstance(plan.layout, Safetensors) else "import")
-        source = Path(args.source) if args.source else None
         if isinstance(plan.layout, Orbax):
-            _execute(plan, text, args, source, peers)
+            _execute(plan, text, args, opened(args.source) if args.source else None, peers)
             return
+        source = Path(args.source) if args.source else None
         if args.distributed or args.coordinator:
             raise fail("not-divided", "an export is the work of one process", help="leave out the options of several")
     if "://" in args.output:
@@ -120,15 +123,17 @@ def read_plan(path: Path) -> tuple[Plan, bytes]:
 
 def convert(args: argparse.Namespace) -> None:
     with together.peers(args) as peers:
-        plan = _compile(args)
-        _execute(plan, plan_json.dumps(plan), args, Path(args.source), peers)
+        # Without one, the repository in which the model is published.
+        source = opened(args.source or f"{SCHEME}{find(args)[1].repo}")
+        plan = _compile(args, source)
+        _execute(plan, plan_json.dumps(plan), args, source, peers)
 
 
 def _mappings(file: str | None) -> tuple[Family, ...] | None:
     return (load_mapping(Path(file)),) if file else None
 
 
-def _compile(args: argparse.Namespace) -> Plan:
+def _compile(args: argparse.Namespace, source: Source | None) -> Plan:
     mapping, model = find(args)
     mesh, rules = _mesh(args, mapping)
     options = Options(
@@ -145,11 +150,23 @@ def _compile(args: argparse.Namespace) -> Plan:
         scan_axis=Options().scan_axis if args.param_scan_axis is None else args.param_scan_axis,
         pipeline=read_pipeline(args.pipeline) if args.pipeline else None,
     )
-    checkpoint = open_checkpoint(Path(args.source)) if args.source else None
+    checkpoint = open_checkpoint(source) if source else None
+    if isinstance(source, Repository):
+        _say_source(args, source)
     plan = compile_plan(mapping, model, options, checkpoint)
-    if plan.source:
-        remember(plan.source, Path(args.source))
+    if plan.source and source and source.local is not None:
+        remember(plan.source, source.local)
     return plan
+
+
+def _say_source(args: argparse.Namespace, source: Repository) -> None:
+    """Which commit is read, and what it took to know all of its tensors."""
+    if source.note:
+        print(f"note: {source.note}", file=sys.stderr)
+    if not (args.json or getattr(args, "quiet", False) or getattr(args, "dump_plan", False)):
+        requests = source.client.requests
+        asked = f"{requests} request{'s' if requests != 1 else ''}" if requests else "no request"
+        print(f"source  {source}, known after {asked}")
 
 
 def _mesh(args: argparse.Namespace, mapping: Family) -> tuple[Mesh, Rules]:
@@ -179,13 +196,15 @@ def find(args: argparse.Namespace) -> tuple[Family, Model]:
     return find_model(args.model, _mappings(args.mapping))
 
 
-def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Path | None, peers: Alone) -> None:
+def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Source | None, peers: Alone) -> None:
     from ckptc.cli import verify
     from ckptc.run.pool import cores
     from ckptc.run.runner import Settings
     from ckptc.run.runner import run as run_plan
 
     digest: str = json.loads(text)["digest"]
+    if getattr(args, "cache", False):
+        _fill_cache(plan, args, source)
     settings = Settings(args.jobs or cores(), args.restart, args.force, args.check_source)
     verified = []
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
@@ -207,6 +226,22 @@ def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Pa
         print(verify.line(verified[0], "source"))
     if render.orbax(plan).mesh and not report.process and not args.json:
         print(render.restoring(plan, report.output))
+
+
+def _fill_cache(plan: Plan, args: argparse.Namespace, source: Source | None) -> None:
+    """Downloads the plan's files into the Hub's cache first."""
+    from ckptc.run.runner import find_source
+
+    found = find_source(plan, source)
+    if not isinstance(found, Repository):
+        help = "leave it out: the source is on this machine"
+        raise fail("unused-option", f"--cache is for a source on the Hub, and {found} is none", help=help)
+
+    def say(name: str) -> None:
+        if not args.quiet and not args.json:
+            print(f"fetches {name}", file=sys.stderr)
+
+    found.fetch([f.name for f in plan.sources[0].files], say)
 
 
 def write_plan(path: Path, text: str, force: bool) -> None:

@@ -98,8 +98,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("plan", metavar="PLAN", help="a file that `ckptc compile -o` wrote")
     run.add_argument(
         "--source",
-        metavar="DIR",
-        help="the checkpoint's directory (default: where this machine last compiled it from)",
+        metavar="DIR|hf://…",
+        help="where the checkpoint is (default: the commit on the Hub that the plan names, or where this machine last "
+        "compiled it from)",
     )
     run.add_argument(
         "--config-from",
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert", help="compile and run in one", description="Compiles, then runs, with the options of both."
     )
-    arguments.compilation(convert, source_required=True)
+    arguments.compilation(convert, source="the model's own repository on the Hub")
     arguments.execution(convert)
     arguments.together(convert)
 

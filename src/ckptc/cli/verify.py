@@ -16,6 +16,7 @@ from ckptc.plan.model import Orbax, Plan
 if TYPE_CHECKING:
     from ckptc.run.verify import Verified
     from ckptc.run.work import Progress
+    from ckptc.storage.source.base import Source
 
 SHOWN = 20  # names of linked arrays
 
@@ -28,6 +29,7 @@ def verify(args: argparse.Namespace) -> None:
             verified, against = _sums(_found(target), on_progress), "checksums"
         else:
             from ckptc.cli.commands import read_plan
+            from ckptc.storage.source.base import opened
 
             plan, _ = read_plan(target)
             if args.output is None:
@@ -37,7 +39,7 @@ def verify(args: argparse.Namespace) -> None:
                     help=f"`ckptc verify {target} --output DIR`, with the directory that `ckptc run` was given",
                 )
             step = _found(Path(args.output))
-            source = Path(args.source) if args.source else None
+            source = opened(args.source) if args.source else None
             verified, against = against_source(plan, step, source, args.mapping, on_progress), "source"
     record: dict[str, object] = {"arrays": verified.arrays, "bytes": verified.bytes, "against": against}
     if verified.linked:
@@ -71,7 +73,7 @@ def line(verified: Verified, against: str) -> str:
 
 
 def against_source(
-    plan: Plan, step: Path, source: Path | None, mapping: str | None, on_progress: Callable[[Progress], None]
+    plan: Plan, step: Path, source: Source | Path | None, mapping: str | None, on_progress: Callable[[Progress], None]
 ) -> Verified:
     """Compares the checkpoint in `step` with the plan's source, through ops of the plan's mapping (`mapping`: its file,
     where it is not a shipped one). Raises InputError for what differs, and for a mapping or source that is another one.
@@ -87,12 +89,12 @@ def against_source(
 
     if not isinstance(plan.layout, Orbax):
         raise fail("not-verified", "only conversions to Orbax are verified against their source")
-    directory = find_source(plan, source)
-    check_source(plan, directory, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files])
+    found = find_source(plan, source)
+    check_source(plan, found, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files])
     mappings = (load_mapping(Path(mapping)),) if mapping else None
-    graph = graph_again(plan, *find_model(plan.made.model, mappings), open_checkpoint(directory))
+    graph = graph_again(plan, *find_model(plan.made.model, mappings), open_checkpoint(found))
     names = [f.name for f in plan.sources[0].files]
-    return compare(graph, names, directory, step, lambda done, total, name: on_progress(Progress(done, total, name)))
+    return compare(graph, names, found, step, lambda done, total, name: on_progress(Progress(done, total, name)))
 
 
 def _sums(step: Path, on_progress: Callable[[Progress], None]) -> Verified:

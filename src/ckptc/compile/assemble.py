@@ -78,7 +78,7 @@ def assemble(
             pipeline=str(options.pipeline or ""),
         ),
         totals=_totals(arrays, table, options.compression != "none"),
-        sources=(plan.Source("safetensors", files, source_digest(checkpoint) if checkpoint else None),),
+        sources=(_source(files, checkpoint),),
         layout=plan.Orbax(options.mesh, options.compression, options.link),
         left_out=_left_out(graph, checkpoint, quantised),
         kinds=kinds,
@@ -230,6 +230,12 @@ def _operand(leaf: Leaf, table: _Table) -> plan.Operand:
 
 def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def _source(files: tuple[plan.File, ...], checkpoint: Checkpoint | None) -> plan.Source:
+    if checkpoint is None:
+        return plan.Source("safetensors")
+    return plan.Source("safetensors", files, source_digest(checkpoint), checkpoint.name)
 
 
 def source_digest(checkpoint: Checkpoint) -> str:

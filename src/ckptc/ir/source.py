@@ -36,6 +36,7 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     tensors: Mapping[str, SourceTensor]
     config: Mapping[str, Any]
+    name: str = ""  # where it lies for every machine, such as hf://org/repo@commit; "" of a directory
 
 
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json; the second is the older, and wins

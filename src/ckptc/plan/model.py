@@ -63,6 +63,7 @@ class Source(Record, frozen=True):
     format: Literal["safetensors", "orbax"]
     files: tuple[File, ...] = ()  # that hold tensors, or an Orbax checkpoint's metadata
     digest: Digest | None = None  # of all of them; None of a plan that was made without a checkpoint and cannot be run
+    name: str = ""  # where it lies for every machine: hf://org/repo@commit; of a directory, nothing
 
 
 class Tensor(Row, frozen=True):

@@ -45,6 +45,7 @@ from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSp
 from ckptc.storage.checkpoint.steps import find_step, require_directory
 from ckptc.storage.checkpoint.sums import Summed, Sums
 from ckptc.storage.source.content import Status, changed_since, first_of
+from ckptc.storage.source.directory import Directory
 from ckptc.storage.source.remembered import located
 
 
@@ -101,7 +102,7 @@ def export(
             check_room(output, sum(f.size for f in specs) if not writer.done else 0)
             writer.create()
             sums = Sums(noted_sums(items), _read_arrays(plan))
-            work = _Work(plan, Place(items, plain, sums), output, writer, jobs)
+            work = _Work(plan, Place(Directory(items), plain, sums), output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
             try:

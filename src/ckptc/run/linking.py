@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptc.diagnostics import InputError
+from ckptc.diagnostics import InputError, fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.links import places
 from ckptc.plan.model import Plan
@@ -38,13 +38,15 @@ class Linked:
         return {"linked": {"files": record(self.files), "arrays": names}}
 
 
-def link(plan: Plan, source: Path, files: Sequence[SourceFile], unfinished: Unfinished) -> Linked:
+def link(plan: Plan, source: Path | None, files: Sequence[SourceFile], unfinished: Unfinished) -> Linked:
     """Makes the links of a plan in its unfinished output.
 
     Raises `cannot-link`; then what is unfinished is removed if it holds no work yet, so that another plan may begin.
     """
     if not plan.totals.linked_bytes:
         return Linked()
+    if source is None:
+        raise fail("cannot-link", "the source lies on no disk of this machine", help="compile it without --link")
     assert isinstance(unfinished, journal.Unfinished), "only a local output has links"
     found = places(plan)
     needed = np.unique(np.concatenate([p.files for p in found])).tolist()

@@ -5,36 +5,30 @@ lock and the journal are the first files of a run (`ckptc.run.journal`).
 
 Hashing the source (`check_sha256`) reads all of it once more, a few files at a time, and is done only when asked for.
 The sums come from a file in the format of `sha256sum` (GNU coreutils manual, "md5sum invocation" and "cksum output
-modes"), or from what the Hub's client left: a file of the cache is a link to `blobs/<sha256>`, and a download into a
-folder has `.cache/huggingface/download/<file>.metadata` whose second line is the etag
-(https://huggingface.co/docs/huggingface_hub/guides/manage-cache). Only large files have a SHA-256 there; the others
-have a Git hash, which is shorter.
+modes"), or from what the Hub's client left (`ckptc.storage.source.sha256`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from ckptc.diagnostics import Diagnostic, InputError, Span, fail
 from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.regular import open_file
-from ckptc.storage.source.content import check_unchanged
-from ckptc.storage.source.files import open_regular, resolve, shown, unreadable
+from ckptc.storage.source.base import Source, as_source
+from ckptc.storage.source.files import resolve, shown
+from ckptc.storage.source.sha256 import hub_sha256, sha256_of
 
 AUTO = "auto"
 MAX_SUMS = 64 << 20  # bytes of a file of sums
 _MIB = 1 << 20
-_READ = 4 << 20  # bytes hashed at once
 _THREADS = 4  # files hashed at once; hashlib works outside of Python's lock
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def check_memory(plan: Plan, held: int = 0) -> None:
@@ -71,11 +65,11 @@ def check_room(output: Path, needed: int) -> None:
         )
 
 
-def check_source(plan: Plan, directory: Path, files: Sequence[SourceFile]) -> None:
+def check_source(plan: Plan, source: Source | Path, files: Sequence[SourceFile]) -> None:
     """Every file is there, can be read, and has the size and header it had when the plan was made; every tensor lies
     within its file.
 
-    Raises what `ckptc.storage.source.content.check_unchanged` raises, or `invalid-plan`.
+    Raises what the source's `check_unchanged` raises, or `invalid-plan`.
     """
     for tensor in plan.tensors:
         size = files[tensor.file].size if 0 <= tensor.file < len(files) else -1
@@ -86,15 +80,21 @@ def check_source(plan: Plan, directory: Path, files: Sequence[SourceFile]) -> No
                 notes=(f"expected: within {size} bytes", f"found: bytes {tensor.begin} to {tensor.end}"),
                 help="compile it again",
             )
-    check_unchanged(directory, files)
+    as_source(source).check_unchanged(files)
 
 
-def check_sha256(sums: str, directory: Path, files: Sequence[SourceFile]) -> None:
+def check_sha256(sums: str, source: Source | Path, files: Sequence[SourceFile]) -> None:
     """Hashes the source's files and compares with `sums`: a file of `sha256sum`, or `auto`.
 
     Raises InputError: `unreadable-sums`, `invalid-sums`, `unknown-sum` (a file has none), `source-damaged` (a file has
     another), and what reading may raise.
     """
+    directory = as_source(source).local
+    if directory is None:
+        help = "leave out --check-source: what comes from the Hub is bound to its commit"
+        raise fail(
+            "unused-option", f"--check-source hashes files of this machine, and {source} is elsewhere", help=help
+        )
     if sums == AUTO:
         known: Mapping[str, str] = {
             f.name: noted for f in files if (noted := hub_sha256(directory, f.name)) is not None
@@ -108,7 +108,7 @@ def check_sha256(sums: str, directory: Path, files: Sequence[SourceFile]) -> Non
         more = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
         raise fail("unknown-sum", f"the SHA-256 of {shown(unknown[0])}{more} is not known", help=help)
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(lambda f: _sha256(resolve(directory, f.name), f.name), files))
+        found = list(threads.map(lambda f: sha256_of(resolve(directory, f.name), f.name), files))
     problems = [
         Diagnostic(
             "source-damaged",
@@ -122,21 +122,6 @@ def check_sha256(sums: str, directory: Path, files: Sequence[SourceFile]) -> Non
     ]
     if problems:
         raise InputError(problems)
-
-
-def hub_sha256(directory: Path, name: str) -> str | None:
-    """What the Hub's client noted as the SHA-256 of a file, None where it did not, or noted a shorter hash."""
-    path = resolve(directory, name)
-    with suppress(OSError):
-        target = Path(os.readlink(path))
-        if target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
-            return target.name
-    note = directory / ".cache" / "huggingface" / "download" / f"{name}.metadata"
-    with suppress(OSError, ValueError, IndexError):
-        etag = note.read_text("utf-8").splitlines()[1].strip().strip('"')
-        if _SHA256.fullmatch(etag):
-            return etag
-    return None
 
 
 def read_sums(path: Path) -> Mapping[str, str]:
@@ -173,19 +158,3 @@ def read_sums(path: Path) -> Mapping[str, str]:
             span = Span(str(path), number, 1, len(line))
             raise fail("invalid-sums", f"{shown(name)} stands twice, with different sums", span=span)
     return out
-
-
-def _sha256(path: Path, name: str) -> str:
-    """Of a file's content, in hex, read in pieces. Raises as `open_regular`."""
-    descriptor, _ = open_regular(path, name)
-    digest, buffer = hashlib.sha256(), bytearray(_READ)
-    view, offset = memoryview(buffer), 0
-    try:
-        while count := os.preadv(descriptor, [buffer], offset):
-            digest.update(view[:count])
-            offset += count
-    except OSError as error:
-        raise unreadable(name, error) from None
-    finally:
-        os.close(descriptor)
-    return digest.hexdigest()

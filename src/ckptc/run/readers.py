@@ -20,14 +20,15 @@ from ckptc.plan.model import Plan, Source, Tensor
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
 from ckptc.storage.checkpoint.orbax_reader import ArrayReader, open_reader
 from ckptc.storage.checkpoint.sums import Sums
-from ckptc.storage.source.ranges import RangeReader
+from ckptc.storage.source import base as files
+from ckptc.storage.source.base import Ranges
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a source of a plan lies on this machine."""
 
-    directory: Path  # of safetensors files, or of an Orbax checkpoint's items
+    source: files.Source  # of safetensors files, or the directory of an Orbax checkpoint's items
     plain: PlainIndex | None = None  # where the chunks of an Orbax checkpoint lie
     sums: Sums | None = None  # what is told of the chunks that are read
 
@@ -36,10 +37,15 @@ def files_of(source: Source) -> list[SourceFile]:
     return [SourceFile(f.name, f.size, f.header, f.content) for f in source.files]
 
 
+def _local(place: Place) -> Path:
+    assert place.source.local is not None, "arrays of chunks are read on this machine"
+    return place.source.local
+
+
 class Readers:
     """Of each source of a plan, by its position. A context manager that closes them. Not for several threads at once."""
 
-    def __init__(self, readers: Sequence[RangeReader | ArrayReader]) -> None:
+    def __init__(self, readers: Sequence[Ranges | ArrayReader]) -> None:
         self._readers = readers
 
     @staticmethod
@@ -47,9 +53,9 @@ class Readers:
         once = not plan.totals.reread_bytes
         return Readers(
             [
-                open_reader(place.directory, place.plain, place.sums)
+                open_reader(_local(place), place.plain, place.sums)
                 if source.format == "orbax"
-                else RangeReader(place.directory, files_of(source), once=once)
+                else place.source.ranges(files_of(source), once)
                 for source, place in zip(plan.sources, places, strict=True)
             ]
         )
@@ -57,7 +63,7 @@ class Readers:
     def read_range(self, tensor: Tensor, offset: int, view: memoryview) -> None:
         """Fills `view` with the bytes of a tensor from one of them on."""
         reader = self._readers[tensor.source]
-        assert isinstance(reader, RangeReader)
+        assert not isinstance(reader, ArrayReader)
         reader.read_into(tensor.file, tensor.begin + offset, view)
 
     def read_box(
@@ -85,7 +91,7 @@ class Readers:
     @property
     def from_disk(self) -> bool:
         """Whether anything was read past the page cache."""
-        return any(r.from_disk for r in self._readers if isinstance(r, RangeReader))
+        return any(r.from_disk for r in self._readers if not isinstance(r, ArrayReader))
 
     def close(self) -> None:
         for reader in self._readers:

@@ -27,7 +27,9 @@ from ckptc.diagnostics import fail
 from ckptc.ir.graph import Apply, Fill, Leaf, Node, Target
 from ckptc.ops.base import Op
 from ckptc.ops.rearrange import Rearrange, SizedGroup
-from ckptc.ops.types import Axis, OpError, TensorType, itemsize
+from ckptc.ops.types import Axis, OpError, TensorType, itemsize, numpy_dtype
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.storage.source.base import Source
 from ckptc.storage.source.files import resolve, shown
 
 Array = npt.NDArray[Any]
@@ -70,6 +72,25 @@ class Tensors:
             raise fail("source-unreadable", f"{shown(path.name)} cannot be read: {error}") from None
 
 
+class RemoteTensors:
+    """Whole tensors of a source that is elsewhere, by name."""
+
+    def __init__(self, source: Source) -> None:
+        self._checkpoint = open_checkpoint(source)
+        self._ranges = source.ranges(self._checkpoint.files, once=True)
+
+    def get(self, name: str) -> Array:
+        tensor = self._checkpoint.tensors[name]
+        data = np.empty(tensor.end - tensor.begin, dtype=np.uint8)
+        self._ranges.read_into(tensor.file, tensor.begin, data.data)
+        return data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+
+
+def tensors_of(source: Source, files: Sequence[str]) -> Tensors | RemoteTensors:
+    """The tensors of these files of a source."""
+    return RemoteTensors(source) if source.local is None else Tensors(source.local, files)
+
+
 def _read_bytes(path: Path, name: str) -> Array:
     """The bytes of a tensor whose elements are single bytes, as the format's description says where they are."""
     with open(path, "rb") as file:
@@ -105,7 +126,7 @@ def blocks(target: Target, chunk: Sequence[int]) -> Iterator[tuple[Box, Node]]:
         yield box, restrict(target.node, ranges)
 
 
-def make(node: Node, tensors: Tensors) -> Array:
+def make(node: Node, tensors: Tensors | RemoteTensors) -> Array:
     """The node's array."""
     if isinstance(node, Fill):
         return np.full(node.type.shape, np.float32(node.value), dtype=np.float32)
@@ -116,7 +137,7 @@ def make(node: Node, tensors: Tensors) -> Array:
         return node.op.forward(arrays, [child.type for child in node.inputs])
 
 
-def _leaf(leaf: Leaf, tensors: Tensors) -> Array:
+def _leaf(leaf: Leaf, tensors: Tensors | RemoteTensors) -> Array:
     def one(number: int) -> Array:
         values = tensors.get(leaf.tensors[number])
         if leaf.decoded is None:

@@ -31,6 +31,8 @@ from ckptc.storage.checkpoint.orbax_writer import finish
 from ckptc.storage.checkpoint.steps import require_directory
 from ckptc.storage.formats import checksum
 from ckptc.storage.formats.orbax_metadata import ONE_DEVICE
+from ckptc.storage.source.base import Source, as_source, opened
+from ckptc.storage.source.directory import Directory
 from ckptc.storage.source.remembered import located
 
 
@@ -66,7 +68,7 @@ def run(
     plan: Plan,
     digest: str,
     output: Path | str,
-    source: Path | None = None,
+    source: Source | Path | None = None,
     on_progress: Callable[[Progress], None] = _nothing,
     settings: Settings | None = None,
     before_commit: Callable[[Path], None] | None = None,
@@ -92,27 +94,27 @@ def run(
         raise fail("unsupported-url", f"{output} cannot be looked at before it is committed", help=help)
     where.check()
     jobs = _jobs(settings.jobs)
-    directory = find_source(plan, source)
+    found = find_source(plan, source)
     files = [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files]
     check_memory(plan, where.held())
-    seen = Sighting.of(directory, files)
-    check_source(plan, directory, files)
+    seen = Sighting.of(found, files)
+    check_source(plan, found, files)
     if settings.sha256 is not None:
-        check_sha256(settings.sha256, directory, files)
+        check_sha256(settings.sha256, found, files)
     peers.join()
     agree(peers, digest)
     if not peers.process:
         where.check_free(settings.force, seen)
 
     def work_on(unfinished: Unfinished) -> Work:
-        return Work(plan, directory, files, where, unfinished, jobs, peers, on_progress)
+        return Work(plan, found, files, where, unfinished, jobs, peers, on_progress)
 
     try:
         if peers.process:
             done = _follow(where, peers, seen, work_on)
         else:
-            make_links = partial(link, plan, directory, files)
-            beside = partial(kept_files, plan, directory, to_keep(directory))
+            make_links = partial(link, plan, found.local, files)
+            beside = partial(kept_files, plan, found, to_keep(found))
             done = _lead(plan, digest, where, peers, settings, seen, make_links, work_on, beside, before_commit, wall)
     except OSError as error:
         raise where.error(error) from None
@@ -242,29 +244,34 @@ def in_pieces(plan: Plan) -> Plan:
     return replace(plan, kinds=tuple(replace(k, stored=()) for k in plan.kinds))
 
 
-def find_source(plan: Plan, source: Path | None) -> Path:
-    """The directory with the plan's files: the one given, else the one this machine last compiled them from."""
+def find_source(plan: Plan, given: Source | Path | None) -> Source:
+    """Where the plan's files are: the source given, else the one that the plan names, else the directory that this machine
+    last compiled it from."""
     if plan.source is None:
         raise fail(
             "abstract-plan", "the plan was made without a checkpoint: it names no bytes to read",
             help=f"compile it again with `--source DIR`, a checkpoint of {plan.made.repo}",
         )  # fmt: skip
-    if source is not None:
-        require_directory(source, "give the directory with the plan's files")
+    if given is not None:
+        source = as_source(given)
+        if source.local is not None:
+            require_directory(source.local, "give the directory with the plan's files")
         return source
-    return located(plan.source, "the plan's checkpoint lies", "--source")
+    if plan.sources[0].name:
+        return opened(plan.sources[0].name)
+    return Directory(located(plan.source, "the plan's checkpoint lies", "--source"))
 
 
-def kept_files(plan: Plan, directory: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+def kept_files(plan: Plan, source: Source, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """What an export of the checkpoint will need of its source, by names below `items`."""
     dtypes: dict[str, list[str]] = {}
-    for source in (s for a in plan.arrays for s in a.sources):
-        dtypes.setdefault(source.stored.dtype, []).extend(plan.tensors[n].name for n in source.tensors)
-        kinds = source.stored.decode.beside if source.stored.decode else ()
-        for beside, column in zip(kinds, source.beside, strict=True):
+    for operand in (s for a in plan.arrays for s in a.sources):
+        dtypes.setdefault(operand.stored.dtype, []).extend(plan.tensors[n].name for n in operand.tensors)
+        kinds = operand.stored.decode.beside if operand.stored.decode else ()
+        for beside, column in zip(kinds, operand.beside, strict=True):
             dtypes.setdefault(beside.dtype, []).extend(plan.tensors[n].name for n in column)
     by_name = {dtype: sorted(set(tensors)) for dtype, tensors in sorted(dtypes.items())}
-    for name, content in kept(directory, names, by_name):
+    for name, content in kept(source, names, by_name):
         yield f"{KEPT}/{name}", content
 
 

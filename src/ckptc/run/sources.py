@@ -17,7 +17,8 @@ from typing import Any
 
 from ckptc.diagnostics import InputError, fail
 from ckptc.ir.source import SourceFile
-from ckptc.storage.source.content import Status, changed_since, check_unchanged, first_of, statuses
+from ckptc.storage.source.base import Source, as_source
+from ckptc.storage.source.content import Status, changed_since, first_of, statuses
 from ckptc.storage.source.files import resolve
 
 RESTART = "put its files back as they were, or use --restart, which makes all of it again"
@@ -27,19 +28,21 @@ RESTART = "put its files back as they were, or use --restart, which makes all of
 class Sighting:
     """The files of a source, and what the system said of them at some moment."""
 
-    directory: Path
+    source: Source
     files: tuple[SourceFile, ...]
     statuses: dict[str, Status]
 
     @staticmethod
-    def of(directory: Path, files: Sequence[SourceFile]) -> Sighting:
-        """As they are now."""
-        return Sighting(directory, tuple(files), statuses(directory, [f.name for f in files]))
+    def of(given: Source | Path, files: Sequence[SourceFile]) -> Sighting:
+        """As they are now. What lies elsewhere is known by its name, which does not change."""
+        source = as_source(given)
+        found = statuses(source.local, [f.name for f in files]) if source.local is not None else {}
+        return Sighting(source, tuple(files), found)
 
     def record(self) -> dict[str, Any]:
         """As JSON values, for an unfinished run to keep."""
         return {
-            "directory": str(self.directory),
+            "directory": str(self.source),
             "files": {f.name: [f.size, f.header_digest, f.content] for f in self.files},
             "statuses": {name: list(status) for name, status in self.statuses.items()},
         }
@@ -49,24 +52,32 @@ class Sighting:
         """What `record` gave, from its JSON; None where that is not there, or damaged."""
         with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             kept: dict[str, Any] = json.loads(text or "")
-            if kept["files"] and all(len(s) == len(Status._fields) for s in kept["statuses"].values()):
+            if (
+                isinstance(kept["files"], dict)
+                and kept["files"]
+                and all(len(s) == len(Status._fields) for s in kept["statuses"].values())
+            ):
                 return kept
         return None
 
     def check_undisturbed(self) -> None:
         """Raises `source-changed` for files that are no longer what they were then."""
-        now = statuses(self.directory, self.statuses)
+        if self.source.local is None:
+            return
+        now = statuses(self.source.local, self.statuses)
         if lines := changed_since(self.statuses, now):
             help = "nothing is committed; run again with --restart when no program writes to the source"
-            message = f"the source {self.directory} changed while it was read"
+            message = f"the source {self.source} changed while it was read"
             raise fail("source-changed", message, notes=first_of(lines), help=help)
-        check_unchanged(self.directory, [f for f in self.files if now[f.name] != self.statuses[f.name]])
+        self.source.check_unchanged([f for f in self.files if now[f.name] != self.statuses[f.name]])
 
     def inside(self, directory: Path) -> Path | None:
         """A file of the source that lies in a directory, or whose links lead there; None where none does."""
+        if self.source.local is None:
+            return None
         real = Path(os.path.realpath(directory))
         for file in self.files:
-            path = resolve(self.directory, file.name)
+            path = resolve(self.source.local, file.name)
             places = (Path(os.path.abspath(path)), Path(os.path.realpath(path.parent)) / path.name, *_links(path))
             if any(place.is_relative_to(end) for place in places for end in (real, Path(os.path.abspath(directory)))):
                 return path
@@ -76,12 +87,18 @@ class Sighting:
         """Raises `source-changed` where an unfinished run has read other files than these. `kept`: its `record`."""
         if kept is None:
             return
+        if not kept["statuses"] or not self.statuses:  # elsewhere, then or now: what its files hold is what counts
+            lines = self.other_weights(kept)
+            if lines:
+                message = f"the source holds other weights than those that the unfinished run in {output} has read"
+                raise fail("source-changed", message, notes=lines, help=RESTART)
+            return
         then = {str(name): Status(*status) for name, status in kept["statuses"].items()}
         lines = changed_since(then, self.statuses)
         if not lines:
             return
-        if kept["directory"] != str(self.directory):
-            lines.insert(0, f"read then from {kept['directory']}, now from {self.directory}")
+        if kept["directory"] != str(self.source):
+            lines.insert(0, f"read then from {kept['directory']}, now from {self.source}")
         message = f"the source may hold other weights than those that the unfinished run in {output} has read"
         raise fail("source-changed", message, notes=first_of(lines), help=RESTART)
 

@@ -24,13 +24,14 @@ import numpy.typing as npt
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph, Target
 from ckptc.ops.types import itemsize
-from ckptc.run.reference import Tensors, blocks, make
+from ckptc.run.reference import RemoteTensors, Tensors, blocks, make, tensors_of
 from ckptc.storage.checkpoint.links import changed
 from ckptc.storage.checkpoint.restored import Pending, RestoredArray, custom_metadata_of, open_restored
 from ckptc.storage.checkpoint.steps import find_step
 from ckptc.storage.checkpoint.sums import differs, noted
 from ckptc.storage.formats import checksum
 from ckptc.storage.formats.zarr3 import grid
+from ckptc.storage.source.base import Source, as_source
 
 Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]
@@ -73,7 +74,7 @@ def _nothing(done: int, total: int, array: str) -> None: ...
 
 
 def compare(
-    graph: Graph, files: Sequence[str], source: Path, step: Path, on_progress: OnProgress = _nothing
+    graph: Graph, files: Sequence[str], source: Source | Path, step: Path, on_progress: OnProgress = _nothing
 ) -> Verified:
     """Holds the checkpoint in `step` against the source: every array there, none besides, each bit the same; and its
     checksums, where it has them.
@@ -88,7 +89,7 @@ def compare(
     problems += changed(
         found.items, sums.files
     )  # which are the source's own: compared, they would be equal to themselves
-    tensors = Tensors(source, files)
+    tensors = tensors_of(as_source(source), files)
     total, done = sum(t.type.nbytes for t in graph.targets), 0
     for target in graph.targets:
         name = "/".join(target.path)
@@ -159,7 +160,9 @@ def _extra(name: str) -> Diagnostic:
     return Diagnostic("extra-array", f"the checkpoint has an array `{name}` that nothing made", None, (), _AGAIN)
 
 
-def _compare_array(target: Target, stored: RestoredArray, tensors: Tensors, sums: _Sums) -> list[Diagnostic]:
+def _compare_array(
+    target: Target, stored: RestoredArray, tensors: Tensors | RemoteTensors, sums: _Sums
+) -> list[Diagnostic]:
     difference, summer, total = _Difference(), checksum.Summer(), 0
     for box, node in blocks(target, stored.chunk):
         chunks = _chunks(stored, box)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from ckptc.storage.formats.compression import NONE
 from ckptc.storage.formats.orbax_metadata import ArraySpec
 from ckptc.storage.formats.zarr3 import grid
 from ckptc.storage.sink.file import BOUNCE, HUGE, LEAST, place
+from ckptc.storage.source.base import Source
 from ckptc.storage.source.direct import PIECE
 
 COMPRESSED_LEAST = 4  # times smaller, at most, is what compression makes of weights
@@ -51,7 +51,7 @@ class Work:
     def __init__(
         self,
         plan: Plan,
-        directory: Path,
+        source: Source,
         files: list[SourceFile],
         output: Output,
         unfinished: Unfinished,
@@ -60,7 +60,7 @@ class Work:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.peers, self.on_progress = peers, on_progress
-        self.plan, self.directory, self.files = plan, directory, files
+        self.plan, self.source, self.files = plan, source, files
         self.output, self.unfinished = output, unfinished
         self.places = places(plan)
         self.large = LargeChunks(file_bytes(plan), {n: p.at for n, p in self.places.items()})
@@ -150,7 +150,7 @@ class Work:
         writer = self._writer(number, state)
         written = 0
         with (
-            Readers.of(self.plan, [Place(self.directory)]) as readers,
+            Readers.of(self.plan, [Place(self.source)]) as readers,
             self.unfinished.journal(number, writer) as journal,
             WriteBehind(self.plan, writer, journal.add) as behind,
         ):

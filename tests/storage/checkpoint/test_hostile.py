@@ -13,6 +13,7 @@ import pytest
 
 from ckptc.storage.checkpoint import safetensors
 from ckptc.storage.formats.json_stream import MAX_MEMBERS
+from ckptc.storage.source import directory
 
 MB = 1_000_000
 MEMORY = 400 * MB  # bytes that a process may peak at; the interpreter is some 60 of it
@@ -120,9 +121,9 @@ def test_it_is_refused_in_little_memory(make: Callable[[Path], None], tmp_path: 
 
 
 def test_beginnings_are_read_ahead_by_a_few_files_and_not_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors, "AHEAD", 10)
+    monkeypatch.setattr(directory, "AHEAD", 10)
     read: list[str] = []
-    ahead = safetensors._ahead(lambda name: read.append(name) or name, [str(n) for n in range(1000)])
+    ahead = directory.ahead(lambda name: read.append(name) or name, [str(n) for n in range(1000)])
     for number, (name, start) in enumerate(ahead):
         assert name == start == str(number)
         assert len(read) <= number + 10

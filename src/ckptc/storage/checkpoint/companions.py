@@ -27,6 +27,7 @@ from ckptc.ir.saved import Original
 from ckptc.ir.source import SourceFile, stated_dtype
 from ckptc.storage.checkpoint.safetensors import CONFIG, INDEX, open_checkpoint, read_config, read_index
 from ckptc.storage.checkpoint.steps import find_step, require_directory
+from ckptc.storage.source.base import Source
 from ckptc.storage.source.files import open_regular, pread, resolve
 
 # What `save_pretrained` of tokenizers, processors and generation writes, and what publishers put beside it. Never
@@ -100,8 +101,11 @@ def _kept_dtypes(directory: Path) -> dict[str, str]:
         raise fail("orbax-json", f"{directory / TENSORS} does not list the tensors' dtypes", help=help) from None
 
 
-def to_keep(directory: Path) -> list[str]:
+def to_keep(source: Source) -> list[str]:
     """The files in a source that a checkpoint of it keeps. Raises what opening one of them raises."""
+    directory = source.local
+    if directory is None:
+        return [name for name in source.names() if name == CONFIG or is_companion(name)]
     names = [CONFIG, *(name for name in sorted(os.listdir(directory)) if _companion(directory, name))]
     found = []
     for name in names:
@@ -112,10 +116,10 @@ def to_keep(directory: Path) -> list[str]:
     return found
 
 
-def kept(directory: Path, names: Sequence[str], dtypes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, bytes]]:
+def kept(source: Source, names: Sequence[str], dtypes: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, bytes]]:
     """The files to keep, by their names below `items/hf/`. `names`: of `to_keep`; `dtypes`: tensors by dtype."""
     for name in names:
-        yield name, _read(directory, name)
+        yield name, b"".join(source.read(name, MOST) or ())
     yield TENSORS, json.dumps({"dtypes": dtypes}, indent=0).encode()
 
 
@@ -128,7 +132,11 @@ def _read(directory: Path, name: str) -> bytes:
 
 
 def _companion(directory: Path, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS) and (directory / name).is_file()
+    return is_companion(name) and (directory / name).is_file()
+
+
+def is_companion(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
 
 
 def identify(directory: Path, name: str) -> SourceFile:

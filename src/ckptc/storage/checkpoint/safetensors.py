@@ -1,4 +1,4 @@
-"""Opening a checkpoint's directory: which files belong to it, what tensors they hold, its config.json.
+"""Opening a checkpoint of safetensors files: which files belong to it, what tensors they hold, its config.json.
 
     config.json ───────────────────────────────────────────────────────────────┐
     model.safetensors.index.json ─► the files it names ─┬─► headers ─► checks ─┴─► Checkpoint
@@ -15,35 +15,22 @@ Everything wrong with the directory is collected and raised together.
 
 from __future__ import annotations
 
-import os
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.source import Checkpoint, SourceFile, SourceTensor
 from ckptc.storage.formats.json_stream import MAX_MEMBERS, JsonReader, refuse_lfs_pointer, strict_json
 from ckptc.storage.formats.safetensors import Header, finish_header
-from ckptc.storage.source.content import content_of
-from ckptc.storage.source.files import (
-    BLOCK,
-    HEADER_THREADS,
-    listed,
-    open_regular,
-    pread,
-    problem,
-    read_start,
-    refuse,
-    resolve,
-    shown,
-    unreadable,
-)
+from ckptc.storage.source.base import Source, as_source
+from ckptc.storage.source.files import HEADER_THREADS, listed, problem, refuse, shown
 
 CONFIG = "config.json"
 MODELOPT, QUANTIZATION = "hf_quant_config.json", "quantization_config"
@@ -54,71 +41,50 @@ MAX_INDEX = 100_000_000  # bytes
 MAX_CONFIG = 10_000_000  # bytes
 MAX_HEADERS = 200_000_000  # bytes, of all files
 MAX_FILES = 20_000
-AHEAD = 256  # files whose first 64 KiB are held
 SHOWN = 8  # names that a message lists
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what `torch.save` is usually pointed at
 _SHARD = re.compile(r"(.*)-([0-9]{1,6})-of-([0-9]{1,6})\.safetensors", re.DOTALL)
 _USUAL = re.compile(r'[ \n]*"([^"\\\x00-\x1f]*)": ?"([^"\\\x00-\x1f]*)",')  # an entry of an index
-_Read = TypeVar("_Read")
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read the headers of the checkpoint in `directory`. Tensors come in the order of files, then of bytes.
+def open_checkpoint(source: Source | Path) -> Checkpoint:
+    """Reads the headers of the checkpoint in a source, or a directory. Tensors come in the order of files, then of bytes.
 
     `config` is empty when there is no config.json: whether it is needed is the mapping's business. Raises one
     `InputError` with every problem found.
     """
-    entries = _entries(directory)
+    source = as_source(source)
+    entries = source.names()
     problems: list[Diagnostic] = []
     config: Mapping[str, Any] = {}
     weight_map: Mapping[str, str] | None = None
     names: list[str] = []
     try:
-        config = read_config(directory) or {}
+        config = read_config(source) or {}
     except InputError as error:
         problems += error.diagnostics
     try:
-        weight_map = read_index(directory)
-        names = _find_files(directory, entries, problems) if weight_map is None else sorted(set(weight_map.values()))
+        weight_map = read_index(source)
+        names = _find_files(source, entries, problems) if weight_map is None else sorted(set(weight_map.values()))
     except InputError as error:
         problems += error.diagnostics
     assigned: defaultdict[str, list[str]] = defaultdict(list)
     for tensor, name in (weight_map or {}).items():
         assigned[name].append(tensor)
-    headers = _read_headers(directory, names, assigned, problems)
+    headers = _read_headers(source, names, assigned, problems)
     tensors = _merge(names, headers, problems)
     if weight_map is not None:
         _compare_with_index(names, headers, tensors, assigned, problems)
     if problems:
         raise InputError(problems)
-    return Checkpoint(_identified(directory, list(headers.values())), tensors, config)
+    name = str(source) if source.local is None else ""
+    return Checkpoint(_identified(source, list(headers.values())), tensors, config, name)
 
 
-def _identified(directory: Path, headers: Sequence[Header]) -> tuple[SourceFile, ...]:
+def _identified(source: Source, headers: Sequence[Header]) -> tuple[SourceFile, ...]:
     """The files, with what tells their content from others'."""
-
-    def identified(header: Header) -> SourceFile:
-        file = header.file
-        return replace(file, content=content_of(resolve(directory, file.name), file.name))
-
     with ThreadPoolExecutor(HEADER_THREADS) as threads:
-        return tuple(threads.map(identified, headers))
-
-
-def _entries(directory: Path) -> list[str]:
-    """The names in a directory, sorted. Raises `missing-directory`, or `source-unreadable`."""
-    try:
-        return sorted(os.listdir(directory))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise refuse(
-            "missing-directory",
-            f"{directory} is not a directory",
-            "a directory with config.json and *.safetensors",
-            "a file" if isinstance(error, NotADirectoryError) else "nothing",
-            "give the directory that holds the weights",
-        ) from None
-    except OSError as error:
-        raise unreadable(str(directory), error) from None
+        return tuple(threads.map(lambda header: source.identified(header.file), headers))
 
 
 def _tensors(names: Sequence[str]) -> str:
@@ -128,62 +94,67 @@ def _tensors(names: Sequence[str]) -> str:
 # -- JSON files ----------------------------------------------------------------------------------------------
 
 
-def _json_blocks(path: Path, name: str, kind: str, most: int) -> Iterator[bytes]:
-    """The blocks of a JSON file of at most `most` bytes."""
+def _json_blocks(source: Source, name: str, kind: str, most: int) -> Iterator[bytes] | None:
+    """The blocks of a JSON file of at most `most` bytes; None where there is none. Raises `missing-file` for a dangling
+    link."""
+    found = source.read(name, most)
+    return None if found is None else _checked(found, name, kind)
+
+
+def _checked(blocks: Iterator[bytes], name: str, kind: str) -> Iterator[bytes]:
+    first = True
     try:
-        descriptor, size = open_regular(path, name)
-    except InputError as error:
-        raise InputError([_as_missing_file(one, []) for one in error.diagnostics]) from None
-    try:
-        if size > most:
-            message = f"{shown(name)} is too large to be what its name says"
-            help = "copy it again from where the checkpoint was published"
-            raise refuse(f"{kind}-json", message, f"at most {most} bytes", f"{size} bytes", help)
-        at = 0
-        while block := pread(descriptor, min(BLOCK, size - at), at):
-            if at == 0:
+        for block in blocks:
+            if first:
                 refuse_lfs_pointer(name, block)
+            first = False
             yield block
-            at += len(block)
-    except OSError as error:
-        raise unreadable(name, error) from None
-    finally:
-        os.close(descriptor)
+    except InputError as error:
+        raise InputError([_as_json(_as_missing_file(one, []), kind) for one in error.diagnostics]) from None
 
 
-def read_config(directory: Path) -> dict[str, Any] | None:
+def _as_json(found: Diagnostic, kind: str) -> Diagnostic:
+    return replace(found, code=f"{kind}-json") if found.code == "too-large" else found
+
+
+def read_config(source: Source | Path) -> dict[str, Any] | None:
     """The object in config.json, None when there is no such file. Raises `missing-file` for a dangling link.
 
     Where it says nothing of quantisation and `hf_quant_config.json` does, as older uploads of modelopt have it, that is
     its `quantization_config`.
     """
-    config = _read_config(directory, CONFIG)
+    source = as_source(source)
+    config = _read_config(source, CONFIG)
     if config is None or QUANTIZATION in config:
         return config
-    quantised = _read_config(directory, MODELOPT)
+    quantised = _read_config(source, MODELOPT)
     found = (quantised or {}).get("quantization")
     if not isinstance(found, dict):
         return config
     return {**config, QUANTIZATION: {"quant_method": "modelopt", **found}}
 
 
-def _read_config(directory: Path, name: str) -> dict[str, Any] | None:
-    path = directory / name
-    if not os.path.lexists(path):
-        return None
-    return strict_json(_json_blocks(path, name, "config", MAX_CONFIG), name, "config", str(path))
+def _read_config(source: Source, name: str) -> dict[str, Any] | None:
+    blocks = _json_blocks(source, name, "config", MAX_CONFIG)
+    return None if blocks is None else strict_json(blocks, name, "config", _path(source, name))
 
 
-def read_index(directory: Path) -> dict[str, str] | None:
+def _path(source: Source, name: str) -> str:
+    """What diagnostics call a file."""
+    return str(source.local / name) if source.local is not None else f"{source}/{name}"
+
+
+def read_index(source: Source | Path) -> dict[str, str] | None:
     """The index's `weight_map`, tensor name to file name; None when there is no index.
 
     Raises `index-invalid` for any other shape, and `missing-file` for a dangling link. The file names are judged when
     they are opened.
     """
-    path = directory / INDEX
-    if not os.path.lexists(path):
+    source = as_source(source)
+    blocks = _json_blocks(source, INDEX, "index", MAX_INDEX)
+    if blocks is None:
         return None
-    reader = JsonReader(_json_blocks(path, INDEX, "index", MAX_INDEX), INDEX, "index", str(path))
+    reader = JsonReader(blocks, INDEX, "index", _path(source, INDEX))
     reader.object()
     weight_map: dict[str, str] = {}
     files: dict[str, str] = {}  # each name once, however many tensors are in the file
@@ -224,7 +195,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
 # -- the directory without an index --------------------------------------------------------------------------
 
 
-def _find_files(directory: Path, entries: Sequence[str], problems: list[Diagnostic]) -> list[str]:
+def _find_files(source: Source, entries: Sequence[str], problems: list[Diagnostic]) -> list[str]:
     """`model.safetensors` if it is there, else every *.safetensors; in name order.
 
     Raises `pickle-checkpoint` or `no-safetensors` when there are none.
@@ -240,7 +211,7 @@ def _find_files(directory: Path, entries: Sequence[str], problems: list[Diagnost
     if pickles:
         raise refuse(
             "pickle-checkpoint",
-            f"{directory} holds pickled weights, which are programs and are never opened",
+            f"{source} holds pickled weights, which are programs and are never opened",
             "*.safetensors",
             listed(pickles),
             "use a safetensors revision of the checkpoint, or save it again as safetensors with transformers",
@@ -250,7 +221,7 @@ def _find_files(directory: Path, entries: Sequence[str], problems: list[Diagnost
         help = "this is a repository in the Hugging Face cache: give one of the directories in `snapshots`"
     raise refuse(
         "no-safetensors",
-        f"{directory} holds no safetensors files",
+        f"{source} holds no safetensors files",
         "model.safetensors, or *.safetensors with an index",
         listed(entries) or "nothing",
         help,
@@ -282,19 +253,12 @@ def _incomplete_series(names: Sequence[str]) -> list[Diagnostic]:
 
 
 def _read_headers(
-    directory: Path, names: Sequence[str], assigned: Mapping[str, Sequence[str]], problems: list[Diagnostic]
+    source: Source, names: Sequence[str], assigned: Mapping[str, Sequence[str]], problems: list[Diagnostic]
 ) -> dict[int, Header]:
     """The headers that could be read, by index into `names`."""
-
-    def start(name: str) -> tuple[int, bytes] | InputError:
-        try:
-            return read_start(resolve(directory, name), name)
-        except InputError as error:
-            return error
-
     headers: dict[int, Header] = {}
     tensors = size = 0
-    for file, (name, read) in enumerate(_ahead(start, names)):
+    for file, (name, read) in enumerate(source.starts(names)):
         if isinstance(read, InputError):
             held = assigned.get(name, [])
             problems += [_as_missing_file(one, held) for one in read.diagnostics]
@@ -302,7 +266,7 @@ def _read_headers(
         length = int.from_bytes(read[1][:8], "little")
         size += length if length <= read[0] else 0  # else it is refused for that
         try:
-            headers[file] = finish_header(resolve(directory, name), name, *read, file)
+            headers[file] = finish_header(source.header(name, read[1]), name, *read, file)
             tensors += len(headers[file].tensors)
         except InputError as error:
             problems += error.diagnostics
@@ -313,14 +277,6 @@ def _read_headers(
             expected = f"at most {MAX_MEMBERS} tensors, in at most {MAX_HEADERS} bytes of headers"
             raise InputError([*problems, problem("header-too-large", message, expected, found, help)])
     return headers
-
-
-def _ahead(read: Callable[[str], _Read], names: Sequence[str]) -> Iterator[tuple[str, _Read]]:
-    """Each name with what `read` gives, in order. A few are read at once, and no more than some hundred are held."""
-    with ThreadPoolExecutor(HEADER_THREADS) as threads:
-        for begin in range(0, len(names), AHEAD):
-            some = names[begin : begin + AHEAD]
-            yield from zip(some, threads.map(read, some), strict=True)
 
 
 def _as_missing_file(found: Diagnostic, held: Sequence[str]) -> Diagnostic:

@@ -94,12 +94,13 @@ def read_header(path: Path, name: str | None = None, file: int = 0) -> Header:
     Raises as `read_start` (no such file, not readable) and as `parse_header`.
     """
     name = path.name if name is None else name
-    return finish_header(path, name, *read_start(path, name), file)
+    size, head = read_start(path, name)
+    return finish_header(header_blocks(path, name, head), name, size, head, file)
 
 
-def finish_header(path: Path, name: str, size: int, head: bytes, file: int) -> Header:
-    """As `read_header`, where `read_start` has been called already: with what it gave."""
-    return _parse(name, size, header_end(name, size, head), header_blocks(path, name, head), file)
+def finish_header(blocks: Iterator[bytes], name: str, size: int, head: bytes, file: int) -> Header:
+    """As `read_header`, of a file of `size` bytes that begins with `head`. `blocks`: all of its header, from the length on."""
+    return _parse(name, size, header_end(name, size, head), blocks, file)
 
 
 # -- the header ----------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from ckptc.storage.source.files import (
     shown,
     unreadable,
 )
+from ckptc.storage.source.sha256 import hub_sha256, sha256_of
 
 BLOCK = 4096  # bytes: of a sample, and of a page
 EVEN = 64  # samples spread over a file
@@ -45,6 +46,7 @@ TENSORS = 64  # samples in the middle of tensors
 HEADER_MOST = 1 << 20  # bytes of a header whose tensors are looked for: those of the largest shards have a tenth
 FILES = 4096  # of one directory that are sampled at most; of the others, names and sizes count
 SAMPLED = "sampled-sha256:"
+WHOLE = "sha256:"  # of all of a file, as the Hub lists it
 
 _OFFSETS = itemgetter("data_offsets")
 
@@ -138,6 +140,8 @@ def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
 
     def compare(file: SourceFile) -> list[Diagnostic]:
         path = resolve(directory, file.name)
+        if file.content.startswith(WHOLE):
+            return _compare_whole(directory, path, file)
         size, head = read_start(path, file.name)
         digest = digest_of(header_blocks(path, file.name, head))
         notes = []
@@ -149,10 +153,7 @@ def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
             content = content_of(path, file.name)
             if content != file.content:
                 notes = [f"expected: content {file.content}", f"found: content {content}"]
-        if not notes:
-            return []
-        message = f"{shown(file.name)} is not the file the plan was made from"
-        return [Diagnostic("source-changed", message, None, tuple(notes), RECOMPILE)]
+        return _changed(file, notes)
 
     def compared(file: SourceFile) -> list[Diagnostic]:
         try:
@@ -164,6 +165,25 @@ def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
         problems = [one for found in threads.map(compared, files) for one in found]
     if problems:
         raise InputError(problems)
+
+
+def _changed(file: SourceFile, notes: Sequence[str]) -> list[Diagnostic]:
+    if not notes:
+        return []
+    message = f"{shown(file.name)} is not the file the plan was made from"
+    return [Diagnostic("source-changed", message, None, tuple(notes), RECOMPILE)]
+
+
+def _compare_whole(directory: Path, path: Path, file: SourceFile) -> list[Diagnostic]:
+    """A file of the Hub, known by the digest of all of it, that was downloaded: its client notes the digest."""
+    descriptor, size = open_regular(path, file.name)
+    os.close(descriptor)
+    if size != file.size:
+        return _changed(file, [f"expected: {file.size} bytes", f"found: {size} bytes"])
+    digest = WHOLE + (hub_sha256(directory, file.name) or sha256_of(path, file.name))
+    return _changed(
+        file, [f"expected: content {file.content}", f"found: content {digest}"] if digest != file.content else []
+    )
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:

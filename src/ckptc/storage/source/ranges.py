@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from ckptc.diagnostics import InputError
 from ckptc.ir.source import SourceFile
@@ -117,7 +118,7 @@ class RangeReader:
             self._closed = True
             self._shrink(0)
 
-    def __enter__(self) -> RangeReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

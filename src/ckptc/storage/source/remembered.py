@@ -68,14 +68,22 @@ def located(digest: str, what: str, option: str) -> Path:
     return found
 
 
-def _entry(digest: str) -> Path | None:
-    """The file for a digest, None when the machine has no place for caches."""
+def cache_home() -> Path | None:
+    """Where ckptc keeps what it can do without; None when the machine has no place for caches."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():  # the specification says to ignore a relative one
         try:
             cache = Path.home() / ".cache"
         except RuntimeError:
             return None
+    return cache / "ckptc"
+
+
+def _entry(digest: str) -> Path | None:
+    """The file for a digest."""
+    cache = cache_home()
+    if cache is None:
+        return None
     # Hashed, because a digest read from a plan is input, and may hold anything but a file name.
     key = hashlib.sha256(digest.encode("utf-8", "backslashreplace")).hexdigest()
-    return cache / "ckptc" / "sources" / key
+    return cache / "sources" / key
