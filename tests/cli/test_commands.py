@@ -65,7 +65,19 @@ def test_one_model_is_shown_whole(ckptc: Command, mapping: str) -> None:
 
 def test_one_model_as_json(ckptc: Command, mapping: str) -> None:
     record = json.loads(ckptc("models", "tiny", "--mapping", mapping, "--json").out)
-    wanted = ["name", "family", "repo", "layouts", "multimodal", "title", "dims", "tensors", "arrays", "parameters"]
+    wanted = [
+        "name",
+        "family",
+        "repo",
+        "layouts",
+        "multimodal",
+        "title",
+        "decodes",
+        "dims",
+        "tensors",
+        "arrays",
+        "parameters",
+    ]
     assert list(record) == [*wanted, "write_bytes", "rules", "ignored"]
     assert (record["parameters"], record["write_bytes"]) == (80, 160)
     assert [r["rule"] for r in record["rules"]] == ["decoder: mlp/wo/kernel", "token_embedder/embedding"]
@@ -123,7 +135,7 @@ def test_a_plan_made_without_a_checkpoint_is_not_said_to_run(ckptc: Command, map
 
 def test_compile_json(ckptc: Command, mapping: str, source: str) -> None:
     record = json.loads(ckptc(*PLAN, "--json").out)
-    assert list(record) == ["made", "choices", "layout", "totals", "left_out", "rules"]
+    assert list(record) == ["made", "choices", "layout", "totals", "left_out", "decoded", "rules"]
     assert record["totals"]["write_bytes"] == sum(r["write_bytes"] for r in record["rules"]) == 160
 
 

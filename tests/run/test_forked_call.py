@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptc.diagnostics import InputError, Span, fail
-from ckptc.run import forked_call as apart
+from ckptc.run import forked_call as module
 from ckptc.run.forked_call import can_fork
 from waiting import SECONDS, alive, wait_for
 
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests have loaded TensorStore."""
-    monkeypatch.setattr(apart, "THREADED", ())
+    monkeypatch.setattr(module, "THREADED", ())
 
 
 def test_what_is_made_comes_back_from_another_process() -> None:
-    assert apart.apart(lambda: {"made in": os.getpid()})["made in"] != os.getpid()
+    assert module.forked_call(lambda: {"made in": os.getpid()})["made in"] != os.getpid()
 
 
 def test_diagnostics_come_back_whole() -> None:
@@ -35,24 +35,24 @@ def test_diagnostics_come_back_whole() -> None:
         raise error
 
     with pytest.raises(InputError) as caught:
-        apart.apart(failing)
+        module.forked_call(failing)
     assert caught.value.diagnostics == error.diagnostics
 
 
 def test_another_failure_comes_back_as_text() -> None:
     with pytest.raises(RuntimeError, match="ZeroDivisionError: division by zero"):
-        apart.apart(lambda: 1 / 0)
+        module.forked_call(lambda: 1 / 0)
 
 
 def test_a_process_that_is_killed_is_said_to_be() -> None:
     with pytest.raises(InputError, match="worker-died"):
-        apart.apart(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        module.forked_call(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 ORPHAN = """\
 import os, sys, time
 from pathlib import Path
-from ckptc.run import forked_call as apart
+from ckptc.run import forked_call as module
 def make():
     Path(sys.argv[1] + ".new").write_text(str(os.getpid()))
     os.rename(sys.argv[1] + ".new", sys.argv[1])
@@ -62,7 +62,7 @@ def make():
     {then}
 parent = os.getpid()
 {patch}
-apart.apart(make)
+module.forked_call(make)
 """
 
 
@@ -81,14 +81,14 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_an_orphan_ends_in_silence_where_the_system_lets_it_live(tmp_path: Path) -> None:
-    with orphan(tmp_path / "pid", "Path(sys.argv[1]).unlink()", "apart.die_with = lambda parent: None") as parent:
+    with orphan(tmp_path / "pid", "Path(sys.argv[1]).unlink()", "module.die_with = lambda parent: None") as parent:
         _, err = parent.communicate(timeout=SECONDS)  # until it has ended, too
     assert err == "" and not (tmp_path / "pid").exists()
 
 
 def test_a_process_that_holds_threads_does_the_work_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apart, "THREADED", ("a_library_with_threads",))
+    monkeypatch.setattr(module, "THREADED", ("a_library_with_threads",))
     assert can_fork()
-    monkeypatch.setitem(sys.modules, "a_library_with_threads", apart)
+    monkeypatch.setitem(sys.modules, "a_library_with_threads", module)
     assert not can_fork()
-    assert apart.apart(os.getpid) == os.getpid()
+    assert module.forked_call(os.getpid) == os.getpid()

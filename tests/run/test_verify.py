@@ -18,14 +18,13 @@ from msgspec.structs import replace
 
 import ckptc
 from ckptc.cli.main import run as command
-from ckptc.compile.recompile import graph_again
+from ckptc.compile.recompile import recompiled_graph
 from ckptc.diagnostics import Diagnostic, InputError
 from ckptc.ir.graph import Graph, leaves
 from ckptc.ir.source import Checkpoint
 from ckptc.plan.json import dumps
 from ckptc.plan.model import Plan
-from ckptc.run import reference as straight
-from ckptc.run import runner, worker
+from ckptc.run import reference, runner, worker
 from ckptc.run.runner import Settings
 from ckptc.run.verify import Verified, _compare_chunk, _Difference, check_sums, compare
 from ckptc.spec import mapping as spec
@@ -55,7 +54,7 @@ def convert(plan: Plan, source: Path, output: Path, jobs: int = 1) -> Path:
 
 
 def graph_of(plan: Plan, source: Path) -> Graph:
-    return graph_again(plan, *spec.find_model(plan.made.model), checkpoint_of(source))
+    return recompiled_graph(plan, *spec.find_model(plan.made.model), checkpoint_of(source))
 
 
 def verify(plan: Plan, source: Path, step: Path) -> Verified:
@@ -101,10 +100,10 @@ def change_source(source: Path, name: str, element: int, bits: int) -> None:
 # --- against the source -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [straight.BLOCK, 1], ids=["whole arrays", "block by block"])
+@pytest.mark.parametrize("block", [reference.BLOCK, 1], ids=["whole arrays", "block by block"])
 @pytest.mark.parametrize("id_", VARIED)
 def test_what_a_run_writes_is_right(id_: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(straight, "BLOCK", block)
+    monkeypatch.setattr(reference, "BLOCK", block)
     case = CASES_BY_ID[id_]
     plan = compile_case(case, memory=20_000)
     step = convert(plan, case.hf, tmp_path / "out")
@@ -127,12 +126,12 @@ def test_one_wrong_element_is_found_with_its_place_and_both_values(plan: Plan, s
     assert problem.notes == ("first index: [5]", f"expected: {expected}", f"found: {stored!s} ({bits})")
 
 
-@pytest.mark.parametrize("block", [straight.BLOCK, 1], ids=["whole arrays", "block by block"])
+@pytest.mark.parametrize("block", [reference.BLOCK, 1], ids=["whole arrays", "block by block"])
 def test_every_wrong_element_is_counted_and_the_first_is_the_first(
     source: Path, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An element of each of two stacked layers; blocks come layer by layer, indices go by the array's axes."""
-    monkeypatch.setattr(straight, "BLOCK", block)
+    monkeypatch.setattr(reference, "BLOCK", block)
     plan = compile_case(CASE, memory=2048)  # chunks of one layer
     step = convert(plan, CASE.hf, tmp_path / "out")
     target = next(
@@ -144,11 +143,11 @@ def test_every_wrong_element_is_counted_and_the_first_is_the_first(
         change_source(source, name, element, 0x7F80)  # infinity
     (problem,) = found(lambda: verify(plan, source, step))
     assert problem.message.startswith("2 of ") and "/".join(target.path) in problem.message
-    whole = straight.make(target.node, straight.Tensors(source, [f.name for f in plan.sources[0].files]))
+    whole = reference.make(target.node, reference.Tensors(source, [f.name for f in plan.sources[0].files]))
     places = np.argwhere(~np.isfinite(whole.astype(np.float32)))
     assert len(places) == 2 and problem.notes[0] == f"first index: {places.tolist()[0]}"
     stored = next(a for a in plan.arrays if a.path == target.path)
-    assert len(list(straight.blocks(target, stored.chunk))) == (len(tensors) if block == 1 else 1)
+    assert len(list(reference.blocks(target, stored.chunk))) == (len(tensors) if block == 1 else 1)
 
 
 def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
@@ -203,11 +202,11 @@ def quantised(tmp_path: Path) -> tuple[GoldenCase, Checkpoint]:
     return dataclasses.replace(case, hf=hf), checkpoint_of(hf)
 
 
-@pytest.mark.parametrize("block", [straight.BLOCK, 1], ids=["whole arrays", "block by block"])
+@pytest.mark.parametrize("block", [reference.BLOCK, 1], ids=["whole arrays", "block by block"])
 def test_what_is_decoded_is_right(
     quantised: tuple[GoldenCase, Checkpoint], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(straight, "BLOCK", block)
+    monkeypatch.setattr(reference, "BLOCK", block)
     case, _ = quantised
     plan = compile_case(case, memory=20_000)
     assert any(s.stored.decode and len(s.tensors) > 4 for a in plan.arrays for s in a.sources)
@@ -319,17 +318,17 @@ def test_it_shares_nothing_with_the_executor() -> None:
 
 @pytest.mark.parametrize("id_", VARIED)
 def test_blocks_cover_each_array_once_and_are_what_the_whole_is(id_: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(straight, "BLOCK", 1)
+    monkeypatch.setattr(reference, "BLOCK", 1)
     case = CASES_BY_ID[id_]
     plan = compile_case(case, memory=20_000)
-    tensors = straight.Tensors(case.hf, [f.name for f in plan.sources[0].files])
+    tensors = reference.Tensors(case.hf, [f.name for f in plan.sources[0].files])
     for array, target in zip(plan.arrays, graph_of(plan, case.hf).targets, strict=True):
-        whole = straight.make(target.node, tensors)
+        whole = reference.make(target.node, tensors)
         covered = np.zeros(whole.shape, dtype=int)
-        for box, node in straight.blocks(target, array.chunk):
+        for box, node in reference.blocks(target, array.chunk):
             at = tuple(slice(low, high) for low, high in box)
             assert all(low % c == 0 for (low, _), c in zip(box, array.chunk, strict=True))
-            assert straight.make(node, tensors).tobytes() == np.ascontiguousarray(whole[at]).tobytes()
+            assert reference.make(node, tensors).tobytes() == np.ascontiguousarray(whole[at]).tobytes()
             covered[at] += 1
         assert (covered == 1).all()
 
@@ -337,7 +336,7 @@ def test_blocks_cover_each_array_once_and_are_what_the_whole_is(id_: str, monkey
 @pytest.mark.parametrize("id_", ["gemma2.scan", "qwen3_moe.scan", "deepseek3.scan"])
 def test_a_block_of_a_stack_needs_few_tensors(id_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each point of the layers and experts that its chunks hold."""
-    monkeypatch.setattr(straight, "BLOCK", 1)
+    monkeypatch.setattr(reference, "BLOCK", 1)
     case, stacks = CASES_BY_ID[id_], 0
     plan = compile_case(case, memory=20_000)
     for target in graph_of(plan, case.hf).targets:
@@ -346,7 +345,7 @@ def test_a_block_of_a_stack_needs_few_tensors(id_: str, monkeypatch: pytest.Monk
         if prod(target.type.shape) == prod(ones):
             continue
         stacks += 1
-        for box, node in straight.blocks(target, ones):
+        for box, node in reference.blocks(target, ones):
             assert all(len(one.tensors) == 1 for one in leaves(node)), target.path
             assert prod(high - low for low, high in box) == prod(ones)
     assert stacks > 5
@@ -357,10 +356,10 @@ def test_blocks_are_as_large_as_the_limit_allows(monkeypatch: pytest.MonkeyPatch
     plan = compile_case(CASE)
     target = next(t for t in graph_of(plan, CASE.hf).targets if len(leaves(t.node)[0].tensors) > 2)
     chunk = tuple(1 if a.name in {g.name for g in leaves(target.node)[0].grid} else a.size for a in target.type.axes)
-    assert len(list(straight.blocks(target, chunk))) == 1
+    assert len(list(reference.blocks(target, chunk))) == 1
     count = len(leaves(target.node)[0].tensors)
-    monkeypatch.setattr(straight, "BLOCK", target.type.nbytes // count * 2)
-    assert len(list(straight.blocks(target, chunk))) == -(-count // 2)
+    monkeypatch.setattr(reference, "BLOCK", target.type.nbytes // count * 2)
+    assert len(list(reference.blocks(target, chunk))) == -(-count // 2)
 
 
 # --- the mapping, once more -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tests.run.test_link import convert
 
 from ckptc.diagnostics import InputError
 from ckptc.plan.order import forwards
-from ckptc.run import write_behind as behind
+from ckptc.run import write_behind
 from ckptc.run.write_behind import WriteBehind
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter
 from golden import compile_case, differences, expected_of, known_cases
@@ -60,28 +60,28 @@ def put_all(writer: Any, size: int, chunks: int = 6) -> Done:
     return done
 
 
-@pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
+@pytest.mark.parametrize("size", [write_behind.LEAST, 16], ids=["from a thread", "at once"])
 def test_every_chunk_is_written_before_its_buffer_is_used_again(size: int) -> None:
     writer = Slow()
     done = put_all(writer, size)
     assert [set(x) for x in writer.written] == [{k} for k in range(6)]
     assert [[e.offset for e in entries] for _, _, entries, _ in done] == [[1, 2, 3], [4, 5, 6]]
     assert [unit for unit, *_ in done] == [0, 1] and done[0][3] != done[1][3]
-    assert (threading.get_ident() in writer.threads) == (size < behind.LEAST)
+    assert (threading.get_ident() in writer.threads) == (size < write_behind.LEAST)
 
 
 def test_what_writing_fails_with_is_raised_where_chunks_are_put() -> None:
     with pytest.raises(OSError, match="full"):
-        put_all(Slow(OSError(errno.ENOSPC, "full")), behind.LEAST)
+        put_all(Slow(OSError(errno.ENOSPC, "full")), write_behind.LEAST)
 
 
-@pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
+@pytest.mark.parametrize("size", [write_behind.LEAST, 16], ids=["from a thread", "at once"])
 @pytest.mark.parametrize("then", ["put", "settle", "leave", "fail"])
 def test_a_unit_whose_last_chunk_is_not_written_is_never_done(size: int, then: str) -> None:
     writer, done = Slow(), []
     chunk = np.zeros(size, np.uint8)
     with (
-        pytest.raises(ValueError if then == "fail" and size == behind.LEAST else OSError),
+        pytest.raises(ValueError if then == "fail" and size == write_behind.LEAST else OSError),
         WriteBehind(PLAN, writer, lambda *unit: done.append(unit)) as sink,
     ):
         sink.put(0, CHUNK, chunk)
@@ -98,7 +98,7 @@ def test_a_unit_whose_last_chunk_is_not_written_is_never_done(size: int, then: s
     assert done == []
 
 
-@pytest.mark.parametrize("size", [behind.LEAST, 16], ids=["from a thread", "at once"])
+@pytest.mark.parametrize("size", [write_behind.LEAST, 16], ids=["from a thread", "at once"])
 def test_a_unit_is_done_when_its_last_chunk_is_written_and_not_before(size: int) -> None:
     writer, done = Slow(), list[int]()
     with WriteBehind(PLAN, writer, lambda unit, *_: done.append(len(writer.written))) as sink:
@@ -106,7 +106,7 @@ def test_a_unit_is_done_when_its_last_chunk_is_written_and_not_before(size: int)
             for _ in range(2):
                 sink.put(0, CHUNK, np.zeros(size, np.uint8))
             sink.end(unit, 0)
-        assert done == ([2, 4, 6] if size < behind.LEAST else [2, 4])  # the last chunk is still being written
+        assert done == ([2, 4, 6] if size < write_behind.LEAST else [2, 4])  # the last chunk is still being written
     assert done == [2, 4, 6]
 
 
@@ -116,7 +116,7 @@ def test_a_unit_that_is_done_is_kept_when_the_next_one_fails() -> None:
         pytest.raises(ValueError, match="cannot be read"),
         WriteBehind(PLAN, Slow(), lambda *u: done.append(u)) as sink,
     ):
-        sink.put(0, CHUNK, np.zeros(behind.LEAST, np.uint8))
+        sink.put(0, CHUNK, np.zeros(write_behind.LEAST, np.uint8))
         sink.end(7, 0)
         raise ValueError("the next unit cannot be read")
     assert [unit for unit, *_ in done] == [7]
@@ -133,7 +133,7 @@ def test_a_run_whose_last_chunk_of_a_unit_fails_goes_on_where_it_was(
             raise OSError(errno.ENOSPC, "full")
         return write(self, number, index, data)
 
-    monkeypatch.setattr(behind, "LEAST", 1)
+    monkeypatch.setattr(write_behind, "LEAST", 1)
     with monkeypatch.context() as patch:
         patch.setattr(ItemsWriter, "write_chunk", full)
         with pytest.raises(InputError) as caught:
@@ -151,6 +151,6 @@ def test_a_run_that_writes_every_chunk_behind_makes_the_same(tmp_path: Path, mon
         return write(*args)
 
     monkeypatch.setattr(ItemsWriter, "write_chunk", slow)
-    monkeypatch.setattr(behind, "LEAST", 1)
+    monkeypatch.setattr(write_behind, "LEAST", 1)
     convert(PLAN, CASE.hf, tmp_path)
     assert differences(restored(tmp_path), expected_of(CASE)) == []

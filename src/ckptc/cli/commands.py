@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptc.cli import export, render
-from ckptc.cli import processes as together
+from ckptc.cli import export, processes, render
 from ckptc.cli.progress import show_progress
 from ckptc.cli.unused import refuse_unused
 from ckptc.compile.compiler import compile_plan
@@ -92,7 +91,7 @@ def compile_(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with together.peers(args) as peers:
+    with processes.peers(args) as peers:
         plan, text = read_plan(Path(args.plan))
         refuse_unused(args, "export" if isinstance(plan.layout, Safetensors) else "import")
         if isinstance(plan.layout, Orbax):
@@ -122,7 +121,7 @@ def read_plan(path: Path) -> tuple[Plan, bytes]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    with together.peers(args) as peers:
+    with processes.peers(args) as peers:
         # Without one, the repository in which the model is published.
         source = opened(args.source or f"{SCHEME}{find(args)[1].repo}")
         plan = _compile(args, source)

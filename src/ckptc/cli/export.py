@@ -17,7 +17,7 @@ from ckptc.diagnostics import fail
 if TYPE_CHECKING:
     from ckptc.plan.model import Exactness, Plan
     from ckptc.run.export import ExportReport
-    from ckptc.run.forked_call import Apart
+    from ckptc.run.forked_call import ForkedCall
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
 
 MEMORY = 1024 * arguments.MIB  # of an export
@@ -125,11 +125,11 @@ def compilation_too(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(scan=None, dtype=None, memory=None, param_scan_axis=None)
 
 
-def reading(args: argparse.Namespace, chunks: bool) -> Apart:
+def reading(args: argparse.Namespace, chunks: bool) -> ForkedCall:
     """Begins to read what the checkpoint's metadata says, by TensorStore, which has threads: meanwhile, what else is
     needed can be loaded. `chunks`: whether to list where they lie, too, which only a run needs.
     """
-    from ckptc.run.forked_call import Apart
+    from ckptc.run.forked_call import ForkedCall
 
     def read() -> list[Any]:
         from ckptc.storage.checkpoint.orbax_reader import list_plain, open_saved
@@ -137,10 +137,10 @@ def reading(args: argparse.Namespace, chunks: bool) -> Apart:
         saved, step = open_saved(Path(args.source))
         return [saved.record(), list_plain(step.items).record() if chunks else None, str(step.items), step.said]
 
-    return Apart(read)
+    return ForkedCall(read)
 
 
-def compiled(args: argparse.Namespace, work: Apart) -> tuple[Plan, PlainIndex | None, Path | None]:
+def compiled(args: argparse.Namespace, work: ForkedCall) -> tuple[Plan, PlainIndex | None, Path | None]:
     """The plan of an export, from the options of `export` or of `compile --export` and what `reading` finds; where
     what it reads lies, if `reading` was asked for that; and the directory with the original's files.
     """

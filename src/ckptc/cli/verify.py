@@ -78,7 +78,7 @@ def against_source(
     """Compares the checkpoint in `step` with the plan's source, through ops of the plan's mapping (`mapping`: its file,
     where it is not a shipped one). Raises InputError for what differs, and for a mapping or source that is another one.
     """
-    from ckptc.compile.recompile import graph_again
+    from ckptc.compile.recompile import recompiled_graph
     from ckptc.ir.source import SourceFile
     from ckptc.run.preflight import check_source
     from ckptc.run.runner import find_source
@@ -92,7 +92,7 @@ def against_source(
     found = find_source(plan, source)
     check_source(plan, found, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files])
     mappings = (load_mapping(Path(mapping)),) if mapping else None
-    graph = graph_again(plan, *find_model(plan.made.model, mappings), open_checkpoint(found))
+    graph = recompiled_graph(plan, *find_model(plan.made.model, mappings), open_checkpoint(found))
     names = [f.name for f in plan.sources[0].files]
     return compare(graph, names, found, step, lambda done, total, name: on_progress(Progress(done, total, name)))
 

@@ -1,4 +1,4 @@
-"""again: the graph that a plan was folded from.
+"""recompile: the graph that a plan was folded from.
 
 A plan keeps what its ops came to, not the ops. Who wants to check it against them compiles its mapping once more, with
 the choices and the dims that the plan records.
@@ -20,7 +20,7 @@ from ckptc.plan.model import Plan
 from ckptc.spec.mapping import Family, Model
 
 
-def graph_again(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoint) -> Graph:
+def recompiled_graph(plan: Plan, mapping: Family, model: Model, checkpoint: Checkpoint) -> Graph:
     """The plan's graph. `checkpoint` is the plan's source.
 
     Raises InputError: `mapping-changed` (the mapping is not the text that the plan was made from), `config-changed`

@@ -24,7 +24,7 @@ from ckptc.plan.files import headers, places, texts
 from ckptc.plan.json import digest
 from ckptc.plan.model import Box, Plan, Safetensors
 from ckptc.plan.order import forwards, written
-from ckptc.run.forked_call import apart, can_fork
+from ckptc.run.forked_call import can_fork, forked_call
 from ckptc.run.journal import SYNC_SECONDS, output_error
 from ckptc.run.leftovers import trained_rows, twin_differs
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
@@ -93,7 +93,7 @@ def export(
     before = statuses_of(items, files)
     check_saved(items, files)
     if plain is None:
-        plain = PlainIndex.of(apart(lambda: list_plain(items).record()))
+        plain = PlainIndex.of(forked_call(lambda: list_plain(items).record()))
     copies = _companions(layout, companions, items)
     _refuse_to_overwrite(output, items, [*({companions} if companions else ()), *(p.parent for p in copies.values())])
     specs = [FileSpec(f.name, f.size, begin) for f, begin in zip(layout.files, headers(plan, layout), strict=True)]

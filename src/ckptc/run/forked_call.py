@@ -1,4 +1,4 @@
-"""Work done in a process apart, for the sake of the one that wants it.
+"""Work done in a forked process, for the sake of the one that wants it.
 
 TensorStore and its like keep threads from their first use on. A process that has threads cannot be forked safely: locks
 that they hold stay locked in the child, and their pools have no threads there. So a program that will fork workers
@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ckptc.diagnostics import fail
-from ckptc.run.pool import die_with, leave_signals_to_parent, raise_told, told
+from ckptc.run.pool import die_with, error_record, leave_signals_to_parent, raise_recorded
 
 THREADED = ("tensorstore", "jaxlib")  # libraries that have threads once they are used
 
@@ -28,7 +28,7 @@ def can_fork() -> bool:
     return hasattr(os, "fork") and not any(name in sys.modules for name in THREADED)
 
 
-class Apart:
+class ForkedCall:
     """What `make` returns, JSON values, made in a forked process meanwhile, or in this one, when it is asked for, where
     it cannot be forked. A context manager: leaving it ends the process.
     """
@@ -57,10 +57,10 @@ class Apart:
             self._process.join()
             cause, help = f"exit code {self._process.exitcode}", "where memory ran out, end other programs"
             raise fail("worker-died", f"a process was killed ({cause})", help=help) from None
-        raise_told(said)
+        raise_recorded(said)
         return said["made"]
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> ForkedCall:
         return self
 
     def __exit__(
@@ -72,9 +72,9 @@ class Apart:
             self._pipe.close()
 
 
-def apart(make: Callable[[], Any]) -> Any:
-    """What `make` returns, made in a process apart as `Apart` does it, and waited for."""
-    with Apart(make) as work:
+def forked_call(make: Callable[[], Any]) -> Any:
+    """What `make` returns, made in a forked process as `ForkedCall` does it, and waited for."""
+    with ForkedCall(make) as work:
         return work.result()
 
 
@@ -85,7 +85,7 @@ def _child(make: Callable[[], Any], others: Connection, pipe: Connection, parent
     try:
         said = {"made": make()}
     except BaseException as error:
-        said = told(error)
+        said = error_record(error)
     with suppress(OSError):  # the parent has died, and this system does not kill its children
         pipe.send_bytes(json.dumps(said).encode())
     os._exit(0)  # nothing of the parent's to clean up

@@ -135,7 +135,7 @@ class _Ticker:
 
 
 def _end(running: dict[Connection, Any]) -> None:
-    """Waits for workers that have been told to stop; kills those that do not, or when interrupted again."""
+    """Waits for workers that have been error_record to stop; kills those that do not, or when interrupted again."""
     deadline = time.monotonic() + PATIENCE
     try:
         for pipe, process in running.items():
@@ -164,7 +164,7 @@ def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
     try:
         body(k, lambda: None)
     except BaseException as error:
-        pipe.send_bytes(json.dumps(told(error)).encode())
+        pipe.send_bytes(json.dumps(error_record(error)).encode())
         os._exit(1)
     os._exit(0)  # nothing of the parent's to clean up
 
@@ -187,15 +187,15 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def told(error: BaseException) -> dict[str, Any]:
+def error_record(error: BaseException) -> dict[str, Any]:
     """What a process ends with, as JSON for its parent."""
     if isinstance(error, InputError):
         return {"input": [asdict(d) for d in error.diagnostics]}
     return {"internal": f"{type(error).__name__}: {error}"}
 
 
-def raise_told(said: dict[str, Any]) -> None:
-    """Raises what `told` has told, if anything: the InputError, or RuntimeError with the text of another failure."""
+def raise_recorded(said: dict[str, Any]) -> None:
+    """Raises what `error_record` has error_record, if anything: the InputError, or RuntimeError with the text of another failure."""
     if "input" in said:
         raise InputError(
             Diagnostic(d["code"], d["message"], d["span"] and _span(d["span"]), tuple(d["notes"]), d["help"])
@@ -205,12 +205,12 @@ def raise_told(said: dict[str, Any]) -> None:
         raise RuntimeError(said["internal"])
 
 
-def _span(told: dict[str, Any]) -> Span:
-    return Span(**{**told, "also": tuple((what, _span(span)) for what, span in told["also"])})
+def _span(error_record: dict[str, Any]) -> Span:
+    return Span(**{**error_record, "also": tuple((what, _span(span)) for what, span in error_record["also"])})
 
 
 def _raise(said: dict[str, Any], code: int | None) -> None:
-    raise_told(said)
+    raise_recorded(said)
     if code:
         cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise fail(

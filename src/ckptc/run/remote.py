@@ -39,7 +39,7 @@ from typing import Any
 from ckptc.diagnostics import InputError, fail
 from ckptc.plan.model import Plan
 from ckptc.run.coordinator import Alone
-from ckptc.run.forked_call import apart
+from ckptc.run.forked_call import forked_call
 from ckptc.run.journal import UNFINISHED, output_error
 from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_chunk
 from ckptc.run.sources import Sighting, other_plan
@@ -90,7 +90,7 @@ class RemoteOutput:
     def check_target(self, replace: bool, source: Sighting) -> None: ...
 
     def open(self, plan_digest: str, restart: bool, replace: bool, started: int, source: Sighting) -> Unfinished:
-        opened = apart(lambda: _open(self._store, plan_digest, restart, replace, started, source))
+        opened = forked_call(lambda: _open(self._store, plan_digest, restart, replace, started, source))
         return RemoteUnfinished(
             self._store, plan_digest, opened["run"], opened["started"], set(opened["done"]), _states(opened["writers"]),
             opened["committed"],
@@ -113,7 +113,7 @@ class RemoteOutput:
 
         if said["committed"]:
             return RemoteUnfinished(self._store, "", said["token"], 0, committed=True)
-        seen = apart(look)
+        seen = forked_call(look)
         return RemoteUnfinished(self._store, seen["digest"], said["token"], 0, done, _states(seen["writers"]))
 
     def check_room(self, needed: int) -> None: ...

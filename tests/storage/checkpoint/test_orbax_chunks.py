@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptc.diagnostics import InputError
-from ckptc.storage.checkpoint import orbax_chunks as plain_reader
-from ckptc.storage.checkpoint import orbax_index as plain_chunks
+from ckptc.storage.checkpoint import orbax_chunks, orbax_index
 from ckptc.storage.checkpoint.orbax_chunks import PlainReader
 from ckptc.storage.checkpoint.orbax_index import PlainIndex, layout_of, list_chunks
 from ckptc.storage.formats import ocdbt
@@ -122,8 +121,8 @@ def test_boxes_are_what_tensorstore_reads(tmp_path_factory: pytest.TempPathFacto
     index = list_chunks(root, ["a.w"])
     assert list(index.arrays) == ["a.w"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain_reader, "WORTH", case["worth"])
-        patch.setattr(plain_reader, "SCRATCH", case["scratch"])
+        patch.setattr(orbax_chunks, "WORTH", case["worth"])
+        patch.setattr(orbax_chunks, "SCRATCH", case["scratch"])
         reader = PlainReader(root, PlainIndex.of(index.record()))
         found = read(reader, "a.w", case["axes"], case["dtype"])
     wanted = tuple(slice(start, start + stride * count, stride) for start, stride, count in case["axes"])
@@ -159,7 +158,7 @@ def test_databases_of_several_processes_and_many_nodes(tmp_path: Path) -> None:
 def test_only_runs_that_are_needed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create(tmp_path, "w", [64, 32], [64, 32])
     store.write(values([64, 32], "float32")).result()
-    monkeypatch.setattr(plain_reader, "WORTH", 128)
+    monkeypatch.setattr(orbax_chunks, "WORTH", 128)
     for axes, needed in [
         ([(8, 1, 8), (0, 1, 32)], 8 * 32 * 4),
         ([(8, 4, 8), (0, 1, 32)], 8 * 32 * 4),
@@ -312,7 +311,7 @@ def test_databases_that_cannot_be_listed_are_left_to_tensorstore(tmp_path: Path)
 
 def test_a_tree_whose_branches_are_one_is_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes whose two children are the same one, sixty levels deep: more keys than can ever be listed."""
-    monkeypatch.setattr(plain_chunks, "MOST", 1 << 62)
+    monkeypatch.setattr(orbax_index, "MOST", 1 << 62)
     file = ocdbt.DataFile(b"", b"d/deep")
     nodes: list[bytes] = []
 
