@@ -227,11 +227,11 @@ def test_a_run_killed_while_it_tidies_up_has_its_output(
 def test_units_that_are_done_are_not_made_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, units, output = worker.Worker._make, [], tmp_path / "out"
 
-    def make(self: Any, key: int, number: int, box: Any, loaded: Any) -> tuple[int, int]:
+    def make(self: Any, key: int, unit: Any, loaded: Any) -> tuple[int, int]:
         if len(units) == 100:
             raise KeyboardInterrupt
-        units.append((number, box))
-        return made(self, key, number, box, loaded)
+        units.append((unit.outputs, unit.box))
+        return made(self, key, unit, loaded)
 
     monkeypatch.setattr(worker.Worker, "_make", make)
     with pytest.raises(KeyboardInterrupt):
