@@ -131,7 +131,9 @@ def _read_as(
     config: Mapping[str, Any],
 ) -> Reading:
     kept = original.dims if original and isinstance(original.dims, Mapping) else {}
-    given = {n: v for n, v in kept.items() if n in mapping.dims and isinstance(v, int | float)} | dict(options.set)
+    # What is 0 is no size that can be given: it is computed again.
+    sizes = {n: v for n, v in kept.items() if n in mapping.dims and isinstance(v, int | float)}
+    given = {n: v for n, v in sizes.items() if isinstance(v, bool) or v != 0} | dict(options.set)
     dtypes = original.dtypes if original else None
     stored = most(saved.arrays)
     places = target_tree(mapping.target).places
