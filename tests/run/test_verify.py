@@ -153,15 +153,16 @@ def test_every_wrong_element_is_counted_and_the_first_is_the_first(
 def test_a_fault_in_the_executor_is_found_and_nothing_is_committed(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = worker.Worker._make_chunk
+    made = worker.Worker._make_piece
+    (embedding,) = (a.kind for a in plan.arrays if a.name == EMBEDDING)
 
     def faulty(self: Any, number: int, *rest: Any) -> Any:
         chunk = np.array(made(self, number, *rest))
-        if plan.arrays[number].name == EMBEDDING:
+        if plan.kinds[number] == embedding:
             chunk.view(np.uint8).reshape(-1)[0] ^= 1
         return chunk
 
-    monkeypatch.setattr(worker.Worker, "_make_chunk", faulty)
+    monkeypatch.setattr(worker.Worker, "_make_piece", faulty)
     output = tmp_path / "out"
 
     def check(step: Path) -> None:
