@@ -119,9 +119,17 @@ def rearranged(
     return once, prod(shape) * (numpy_dtype(source).itemsize + numpy_dtype(target).itemsize) / 2
 
 
+def plausible(array: Array) -> Array:
+    """Scales of plausible weights in place of any bits: infinities and the smallest numbers cost a processor more."""
+    if array.dtype.kind in "ui" or array.dtype.itemsize == 1:
+        return array
+    found: Array = (0.001 + 0.01 * np.random.default_rng(0).random(array.shape)).astype(array.dtype)
+    return found
+
+
 def decoded(code: Code, shape: tuple[int, ...]) -> Made:
     """A whole weight of codes, to float32."""
-    arrays = code.random(shape, np.random.default_rng(0))
+    arrays = [plausible(a) for a in code.random(shape, np.random.default_rng(0))]
     beside = tuple(Beside(a.dtype.name, a.shape) for a in arrays[1:])
     decode = Decode(code.name, code.settings(), shape, beside)
     layout = code.layout(shape)
