@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from tests.ops.codes.decoding import placed
 from tests.ops.evaluate import same
-from tests.tools.test_bench import module, run
+from tests.tools.test_bench import TOOLS, module, run
 
 from ckptc.ops.codes import Code
 from ckptc.ops.codes.fp8 import Fp8
@@ -117,3 +119,11 @@ def test_compiling_has_a_row_for_each_layout_or_the_reason_why_not(tmp_path: Pat
         assert f"failed: {row['failed']}" in said
     disk = sum(file.stat().st_blocks * 512 for file in (tmp_path / "qwen3-0.6b").iterdir())
     assert disk < 1_000_000, "weights are holes"
+
+
+def test_streaming_is_measured_beside_a_download(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "bench_hub.py"), str(tmp_path), "--gigabytes", "0.01", "--runs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows == ["way", "hf download", "ckptc, streaming", "hf download, then ckptc"]

@@ -65,6 +65,7 @@ class Repository:
         self.note = ""  # what a user should know of how the commit was found
         self._on_wait = on_wait
         self._heads: dict[str, bytes] = {}
+        self.addresses: dict[str, str] = {}  # of files, which expire
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.name.repo}@{self.commit.sha}"
@@ -129,7 +130,7 @@ class Repository:
                 if found is not None and len(found[1]) <= (length := found[0] - 8):
                     self._heads[name] = length.to_bytes(8, "little") + found[1].ljust(length)
         with (
-            HubRanges(self.client, self.commit, self._on_wait) as ranges,
+            HubRanges(self.client, self.commit, self._on_wait, self.addresses) as ranges,
             ThreadPoolExecutor(HEADER_THREADS) as threads,
         ):
 
@@ -221,7 +222,7 @@ class _Ranges:
 
     def __init__(self, repository: Repository, files: Sequence[SourceFile], once: bool) -> None:
         self._names = [f.name for f in files]
-        self._remote = HubRanges(repository.client, repository.commit, repository._on_wait)
+        self._remote = HubRanges(repository.client, repository.commit, repository._on_wait, repository.addresses)
         self._local: dict[int, tuple[RangeReader, int]] = {}
         by_directory: dict[Path, list[int]] = {}
         for number, file in enumerate(files):

@@ -120,7 +120,7 @@ class Client:
     def small_file(self, commit: Commit, name: str) -> bytes:
         """The content of a small file, through the Hub's own cache on this machine. Raises as `commit`, `hub-no-file`."""
         with refusals(commit.name, name):
-            self.count()
+            self.count(0 if self.cached(commit, name) else 1)
             path = library().hf_hub_download(commit.name.repo, name, revision=commit.sha)
         with open(path, "rb") as file:
             return file.read()

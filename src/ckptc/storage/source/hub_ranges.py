@@ -43,10 +43,17 @@ _AGAIN = (408, 429, 500, 502, 503, 504)
 class HubRanges:
     """Ranges of a commit's files. Safe from several threads; a context manager that ends its threads."""
 
-    def __init__(self, client: Client, commit: Commit, on_wait: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        commit: Commit,
+        on_wait: Callable[[str], None] | None = None,
+        addresses: dict[str, str] | None = None,
+    ) -> None:
+        """`addresses`: where files were found to be already; what is found out is added."""
         self._client, self._commit = client, commit
         self._on_wait = on_wait or (lambda _: None)
-        self._addresses: dict[str, str] = {}
+        self._addresses = {} if addresses is None else addresses
         self._lock = threading.Lock()  # guards `_addresses` and `bytes_read`
         self._threads = ThreadPoolExecutor(CONNECTIONS)
         self._closed = threading.Event()
@@ -89,10 +96,11 @@ class HubRanges:
                 self.bytes_read += count
             if done == len(view):
                 return
-            tries = 1 if count else tries + 1
+            tries = 0 if count else tries + 1  # what came so far and broke off goes on at once
             if tries > PATIENCE:
                 raise self._given_up(name, found)
-            self._wait(tries, found, wait)
+            if tries or wait is not None:
+                self._wait(max(1, tries), found, wait)
 
     def _try(self, address: str, name: str, offset: int, view: memoryview) -> tuple[int, str, float | None]:
         """One request: how many bytes came, what was found where they are not all, and how long the server asks to wait."""
