@@ -15,13 +15,16 @@ The answers are those that the Hub's documentation and its client's source descr
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -97,6 +100,7 @@ class Hub:
     faults: Faults = field(default_factory=Faults)
     tokens: dict[str, set[str]] = field(default_factory=lambda: {"hf_good": {"*"}, "hf_outsider": set()})
     lifetime: float = 3600.0  # seconds that a signed address is good for
+    written: Path | None = None  # a directory for what clients write
     requests: list[Request] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # bytes of each file, repo/file
 
@@ -128,6 +132,8 @@ class Hub:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+        if self.written is not None:
+            shutil.rmtree(self.written, ignore_errors=True)
 
     def add(self, name: str, directory: Path, **options: Any) -> str:
         """A repository whose `main` holds this directory. Returns the commit."""
@@ -141,6 +147,12 @@ class Hub:
         self.repos[name].commits[commit] = directory
         self.repos[name].revisions["main"] = commit
         return commit
+
+    def room(self) -> Path:
+        """Where what is written goes."""
+        if self.written is None:
+            self.written = Path(tempfile.mkdtemp(prefix="hub-"))
+        return self.written
 
     def chance(self, share: float) -> bool:
         with self.lock:
@@ -174,12 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     # What each address answers.
 
     def _answer(self) -> None:
         hub, faults = self.server_hub, self.server_hub.faults
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length) if length else b""
+        self.body = self._read_body()
         url = urlsplit(self.path)
         path = unquote(url.path)
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
@@ -191,15 +205,35 @@ class _Handler(BaseHTTPRequestHandler):
             return self._text(429, "slow down", {"Retry-After": str(faults.retry_after)})
         if hub.chance(faults.failing):
             return self._text(503, "for a moment")
+        if path.startswith("/upload/"):
+            return self._uploaded(path.rpartition("/")[2])
         if path.startswith("/storage/"):
             return self._storage(path, parse_qs(url.query))
         if found := re.fullmatch(
             r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree|paths-info|safetensors-metadata)/(.+))?", path
         ):
             return self._api(found[1], found[2], found[3])
+        if self.command == "POST" and (path == "/api/validate-yaml"):
+            return self._json({"errors": [], "warnings": []})
+        if self.command == "POST" and (path == "/api/repos/create"):
+            return self._create()
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path):
+            return self._preupload() if found[2] == "preupload" else self._commit_files(found[1])
+        if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return self._batch()
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(found[1], found[2], found[3])
         return self._text(404, "no such page")
+
+    def _read_body(self) -> bytes:
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def _repo(self, name: str) -> Repo | None:
         """The repository, if this user may see it; else the answer is given."""
@@ -314,6 +348,71 @@ class _Handler(BaseHTTPRequestHandler):
         assert found is not None
         file = hub.repos[found[1]].commits[found[2]] / found[3]
         return self._file(f"{found[1]}/{found[3]}", file, {"ETag": f'"{self._digest(hub.repos[found[1]], file)}"'})
+
+    # What is written: to `Hub.written`, a directory a repository, a digest an object until it is committed.
+
+    def _writer(self) -> bool:
+        if self.token is not None and "*" in self.server_hub.tokens.get(self.token, set()):
+            return True
+        self._text(403, "", {"X-Error-Message": "You don't have the rights to create a model under this namespace"})
+        return False
+
+    def _create(self) -> None:
+        if not self._writer():
+            return None
+        asked = json.loads(self.body)
+        name = f"{asked['organization']}/{asked['name']}"
+        if name in self.server_hub.repos:
+            return self._text(409, json.dumps({"url": f"{self.server_hub.endpoint}/{name}"}))
+        directory = self.server_hub.room() / name.replace("/", "--") / "0"
+        directory.mkdir(parents=True)
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.server_hub.add(name, directory, private=private)
+        return self._json({"url": f"{self.server_hub.endpoint}/{name}", "id": name})
+
+    def _preupload(self) -> None:
+        if not self._writer():
+            return None
+        files = [
+            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular", "shouldIgnore": False}
+            for f in json.loads(self.body)["files"]
+        ]
+        return self._json({"files": files})
+
+    def _batch(self) -> None:
+        objects = []
+        for one in json.loads(self.body)["objects"]:
+            known = (self.server_hub.room() / one["oid"]).exists()
+            href = f"{self.server_hub.storage}/upload/{one['oid']}"
+            objects.append(one | ({} if known else {"actions": {"upload": {"href": href}}}))
+        body = json.dumps({"transfer": "basic", "objects": objects})
+        self._text(200, body, {"Content-Type": "application/vnd.git-lfs+json"})
+
+    def _uploaded(self, oid: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            return self._text(400, "another digest")
+        (self.server_hub.room() / oid).write_bytes(self.body)
+        return self._text(200, "")
+
+    def _commit_files(self, name: str) -> None:
+        hub = self.server_hub
+        if not self._writer():
+            return
+        repo = hub.repos[name]
+        before = repo.commits[repo.revisions["main"]]
+        after = before.parent / str(len(repo.commits))
+        shutil.copytree(before, after)
+        for line in self.body.splitlines():
+            entry = json.loads(line)
+            key, value = entry["key"], entry["value"]
+            if key == "file":
+                (after / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif key == "lfsFile":
+                shutil.copy(hub.room() / value["oid"], after / value["path"])
+            elif key == "deletedFile":
+                (after / value["path"]).unlink()
+        commit = hub.move(name, after)
+        self._json({"commitUrl": f"{hub.endpoint}/{name}/commit/{commit}", "commitOid": commit, "success": True})
 
     # How it is sent.
 

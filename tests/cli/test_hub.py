@@ -184,3 +184,61 @@ def test_whatever_the_network_does_the_output_is_right_or_refused(
         assert not (output / "0").exists()
         return
     assert same(output, local)
+
+
+def sent(hub: Hub, name: str) -> Path:
+    """The files of a repository's newest commit."""
+    return hub.repos[name].commits[hub.repos[name].revisions["main"]]
+
+
+def test_an_export_becomes_a_commit_and_leaves_nothing_here(
+    ckptc: Ckptc, hub: Hub, tmp_path: Path, local: Path
+) -> None:
+    out = "hf://me/exported"
+    assert "error[hub-no-token]" in ckptc("export", "--source", str(local), "--output", out).stderr
+    refused = ckptc("export", "--source", str(local), "--output", out, HF_TOKEN="hf_outsider")
+    assert refused.returncode == 1 and "me/exported" not in hub.repos
+    done = ckptc("export", "--source", str(local), "--output", out, HF_TOKEN="hf_good")
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["me/exported"].private and hub.repos["me/exported"].revisions["main"] in done.stdout
+    assert run(["diff", str(sent(hub, "me/exported")), str(CASE.hf)]) == 0
+    written = (sent(hub, "me/exported") / "README.md").read_text()
+    assert "bit for bit" in written and "sha256:" in written and str(tmp_path) not in written
+    assert [p for p in (tmp_path / "cache" / "ckptc" / "uploads").rglob("*") if p.is_file()] == []
+
+
+def test_weights_on_the_hub_are_replaced_only_when_told_to(ckptc: Ckptc, hub: Hub, local: Path) -> None:
+    export = ("export", "--source", str(local), "--output", "hf://me/exported")
+    assert ckptc(*export, "--public", HF_TOKEN="hf_good").returncode == 0 and not hub.repos["me/exported"].private
+    (sent(hub, "me/exported") / "README.md").write_text("written by people")
+    (sent(hub, "me/exported") / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    refused = ckptc(*export, HF_TOKEN="hf_good")
+    assert refused.returncode == 1 and "error[output-exists]" in refused.stderr
+    assert ckptc(*export, "--force", HF_TOKEN="hf_good").returncode == 0
+    assert (sent(hub, "me/exported") / "README.md").read_text() == "written by people"
+    assert not (sent(hub, "me/exported") / "model-00009-of-00009.safetensors").exists()
+    assert run(["diff", str(sent(hub, "me/exported")), str(CASE.hf)]) == 0
+
+
+def test_an_upload_that_breaks_goes_on(ckptc: Ckptc, hub: Hub, local: Path) -> None:
+    export = ("export", "--source", str(local), "--output", "hf://me/exported")
+    hub.faults = Faults(before=lambda method, path: 400 if "/commit/" in path else None)
+    broken = ckptc(*export, HF_TOKEN="hf_good")
+    assert (
+        broken.returncode == 1
+        and "error[hub-refused]" in broken.stderr
+        and not list(sent(hub, "me/exported").iterdir())
+    )
+    hub.faults, before = Faults(), len(hub.requests)
+    assert ckptc(*export, HF_TOKEN="hf_good").returncode == 0
+    assert not any(r.path.startswith("/upload/") for r in hub.requests[before:])  # the Hub had the weights already
+    assert run(["diff", str(sent(hub, "me/exported")), str(CASE.hf)]) == 0
+
+
+def test_without_a_place_for_files_on_their_way_nothing_is_made(
+    monkeypatch: pytest.MonkeyPatch, hub: Hub, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point_at(hub, tmp_path, monkeypatch, token="hf_good")
+    monkeypatch.setattr("ckptc.storage.sink.hub.cache_home", lambda: None)
+    assert run(["export", "--source", str(local), "--output", "hf://me/exported", "--quiet"]) == 1
+    assert "error[no-cache]" in capsys.readouterr().err and "me/exported" not in hub.repos

@@ -43,10 +43,10 @@ CASES = sorted(p.name for p in HERE.iterdir() if p.is_dir() and p.name != "__pyc
 COMPILE = "compile --mapping mapping.yaml --model tiny --source checkpoint"
 # Of the machine or of another process, and one whose text has times of files in it.
 FAULTS = {
-    "connection-lost", "linked-changed", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
+    "connection-lost", "linked-changed", "no-cache", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
     "process-failed", "processes-missing", "worker-died",
     # What a server on the network answers.
-    "hub-bad-token", "hub-gated", "hub-no-commit", "hub-no-file", "hub-no-ranges", "hub-no-repository", "hub-no-revision",
+    "hub-bad-token", "hub-gated", "hub-no-commit", "hub-no-token", "hub-no-file", "hub-no-ranges", "hub-no-repository", "hub-no-revision",
     "hub-offline", "hub-refused", "hub-unreachable",
 }  # fmt: skip
 

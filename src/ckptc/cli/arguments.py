@@ -170,6 +170,8 @@ def refuse_urls(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if not isinstance(value, str) or not re.match("[a-z0-9]+://", value):
             continue
+        if name == "output" and value.startswith(SCHEME) and args.command == "export":
+            continue
         if name == "source" and value.startswith(SCHEME) and args.command in ON_THE_HUB:
             continue
         if args.command not in ("run", "convert") or name != "output":

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptc.run.forked_call import ForkedCall
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
 
+SCHEME = arguments.SCHEME
 MEMORY = 1024 * arguments.MIB  # of an export
 
 
@@ -42,7 +43,15 @@ def add_export(commands: Any) -> None:
         metavar="DIR",
         help="the checkpoint: an output or a run's directory, its `checkpoints` (the last step), a step, or its items",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the safetensors files and config.json go")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR|hf://ORG/NAME",
+        help="where the safetensors files and config.json go: a directory, or a repository of the Hub, as a new commit",
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="of a repository that is made on the Hub (default: private)"
+    )
     compilation(parser)
     parser.add_argument("-o", metavar="PLAN", dest="plan_file", help="write the plan to this file, too")
     shown = parser.add_mutually_exclusive_group()
@@ -227,12 +236,25 @@ def execute(
     """Runs an export's plan, and says what it did. `plain`: where chunks lie, if that is known."""
     from ckptc.run.export import export as run_export
     from ckptc.run.pool import cores
+    from ckptc.storage.sink import hub
 
     jobs = args.jobs or cores()
+    name = hub.target(args.output) if args.output.startswith(SCHEME) else None
+    output = Path(args.output) if name is None else hub.staging(digest)
+    if name is not None:
+        hub.prepare(name, args.public, args.force)
+    elif args.public:
+        raise fail(
+            "unused-option", "--public is for an --output on the Hub", help="leave it out, or give hf://ORG/NAME"
+        )
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
         report = run_export(
-            plan, Path(args.output), source, companions, on_progress, args.force, jobs, plain, args.restart
+            plan, output, source, companions, on_progress, args.force or name is not None, jobs, plain, args.restart
         )
+    if name is not None:
+        made = plan.made
+        text = hub.card(made.model, made.repo, made.family, digest, _shown_source(source), exact_line(plan), plan.notes)
+        report = replace(report, output=hub.send(output, name, text, f"{made.model}, exported by ckptc"))
     if args.json:
         record = {
             **asdict(report),
@@ -252,6 +274,10 @@ def execute(
         f"peak memory {render.size(report.peak_resident_bytes)}"
     )
     print(_checked(report))
+
+
+def _shown_source(source: Path | None) -> str:
+    return f"an Orbax checkpoint, `{source.name}`" if source is not None else "an Orbax checkpoint"
 
 
 def _checked(report: ExportReport) -> str:

@@ -179,9 +179,10 @@ def refusals(name: HubName, file: str | None = None) -> Iterator[None]:
         raise _unreachable(name, error) from None
 
 
-def _token() -> str | None:
-    token = library().get_token()
-    return str(token) if token else None
+def token() -> str | None:
+    """The user's token: of HF_TOKEN, or of a login."""
+    found = library().get_token()
+    return str(found) if found else None
 
 
 def page(name: HubName) -> str:
@@ -189,18 +190,18 @@ def page(name: HubName) -> str:
 
 
 def _gated(name: HubName) -> InputError:
-    found = "a token without access to it" if _token() else "no token"
+    found = "a token without access to it" if token() else "no token"
     help = f"ask for access at {page(name)}"
-    help += "" if _token() else ", then log in with `hf auth login` or set HF_TOKEN"
+    help += "" if token() else ", then log in with `hf auth login` or set HF_TOKEN"
     return fail(
         "hub-gated", f"{name} is gated: its files are given to those with access only", notes=(f"found: {found}",), help=help
     )  # fmt: skip
 
 
 def _no_repository(name: HubName) -> InputError:
-    found = "a token that sees no such repository" if _token() else "no token"
+    found = "a token that sees no such repository" if token() else "no token"
     help = "check the name; a private repository is seen by those with access only"
-    help += "" if _token() else ": log in with `hf auth login` or set HF_TOKEN"
+    help += "" if token() else ": log in with `hf auth login` or set HF_TOKEN"
     return fail("hub-no-repository", f"the Hub has no {SCHEME}{name.repo}", notes=(f"found: {found}",), help=help)
 
 
