@@ -31,6 +31,7 @@ def test_json_is_one_array_with_every_field() -> None:
         "length": 5,
         "notes": ["expected: [1]", "found: [2]"],
         "help": "use --set",
+        "related": [],
     }
     assert found[1].keys() == found[0].keys()
     assert {k: v for k, v in found[1].items() if v} == {"code": "no-output", "message": "nothing is named"}

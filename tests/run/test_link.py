@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from ckptc.cli.verify import against_source
+from ckptc.api import against_source
 from ckptc.diagnostics import InputError
 from ckptc.ops.types import numpy_dtype
 from ckptc.plan.json import dumps, loads

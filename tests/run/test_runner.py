@@ -276,7 +276,7 @@ forked, fork = [], os.fork
 os.fork = lambda: forked.append(1) or fork()
 import json
 from pathlib import Path
-from ckptc.cli.commands import read_plan
+from ckptc.plan.on_disk import read_plan
 from ckptc.run.runner import Settings, run
 plan, text = read_plan(Path(sys.argv[1]))
 run(plan, json.loads(text)["digest"], sys.argv[2], Path(sys.argv[3]), settings=Settings(jobs=2))

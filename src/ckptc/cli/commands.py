@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckptc import api
 from ckptc.cli import export, processes, render
 from ckptc.cli.progress import show_progress
 from ckptc.cli.unused import refuse_unused
-from ckptc.compile.compiler import compile_plan
-from ckptc.compile.mesh import Mesh, read_mesh
-from ckptc.compile.options import Options
-from ckptc.compile.stacking import read_pipeline
 from ckptc.diagnostics import fail
 from ckptc.plan import json as plan_json
-from ckptc.plan.check import check_plan
 from ckptc.plan.division import balance
 from ckptc.plan.model import Orbax, Plan, Safetensors
-from ckptc.regular import open_file
+from ckptc.plan.on_disk import read_plan, write_plan
 from ckptc.spec.halves.expanded import expanded
-from ckptc.spec.mapping import TARGET, Family, Model, find_model, load_mapping, shipped
-from ckptc.spec.rules import load_rules
-from ckptc.spec.target import Rules, target_tree
-from ckptc.storage.checkpoint.safetensors import open_checkpoint
+from ckptc.spec.mapping import TARGET, Family, find_model, load_mapping, shipped
 from ckptc.storage.source.base import Source, opened
 from ckptc.storage.source.hub import Repository
 from ckptc.storage.source.hub_client import SCHEME
-from ckptc.storage.source.remembered import remember
 
 if TYPE_CHECKING:
     from ckptc.run.coordinator import Alone
-
-_PLAN_BEGINS = b'{\n "format":'
+    from ckptc.run.verify import Verified
 
 
 def models(args: argparse.Namespace) -> None:
@@ -106,24 +95,10 @@ def run(args: argparse.Namespace) -> None:
     export.execute(plan, json.loads(text)["digest"], args, source, companions)
 
 
-def read_plan(path: Path) -> tuple[Plan, bytes]:
-    """A plan that can be run, and its text. Raises `unreadable-plan`, and what `loads` and `check_plan` raise."""
-    try:
-        with open_file(path) as file:
-            text = file.read(plan_json.MAX_BYTES + 1)
-    except OSError as error:
-        raise fail(
-            "unreadable-plan", f"cannot read {path}: {error.strerror}", help="`ckptc compile -o PLAN` writes plans"
-        ) from None
-    plan = plan_json.loads(text, str(path))
-    check_plan(plan, str(path))
-    return plan, text
-
-
 def convert(args: argparse.Namespace) -> None:
     with processes.peers(args) as peers:
         # Without one, the repository in which the model is published.
-        source = opened(args.source or f"{SCHEME}{find(args)[1].repo}")
+        source = opened(args.source or f"{SCHEME}{api.find(args.model, args.mapping)[1].repo}")
         plan = _compile(args, source)
         _execute(plan, plan_json.dumps(plan), args, source, peers)
 
@@ -133,29 +108,28 @@ def _mappings(file: str | None) -> tuple[Family, ...] | None:
 
 
 def _compile(args: argparse.Namespace, source: Source | None) -> Plan:
-    mapping, model = find(args)
-    mesh, rules = _mesh(args, mapping)
-    options = Options(
-        layout="unscanned" if args.scan is False else "scanned",
-        dtype=args.dtype or Options().dtype,
+    def say(found: Source) -> None:
+        if isinstance(found, Repository):
+            _say_source(args, found)
+
+    return api.compile(
+        args.model,
+        source,
+        mapping=args.mapping,
+        scan=args.scan is not False,
+        dtype=args.dtype or "bfloat16",
         multimodal=args.multimodal,
         set=dict(args.set),
         shards=args.shards,
-        mesh=mesh,
-        rules=rules,
+        mesh=args.mesh,
+        rules=args.rules,
         compression=args.compression,
-        memory=args.memory or Options().memory,
+        memory=args.memory,
         link=args.link,
-        scan_axis=Options().scan_axis if args.param_scan_axis is None else args.param_scan_axis,
-        pipeline=read_pipeline(args.pipeline) if args.pipeline else None,
+        scan_axis=1 if args.param_scan_axis is None else args.param_scan_axis,
+        pipeline=args.pipeline,
+        on_source=say,
     )
-    checkpoint = open_checkpoint(source) if source else None
-    if isinstance(source, Repository):
-        _say_source(args, source)
-    plan = compile_plan(mapping, model, options, checkpoint)
-    if plan.source and source and source.local is not None:
-        remember(plan.source, source.local)
-    return plan
 
 
 def _say_source(args: argparse.Namespace, source: Repository) -> None:
@@ -168,16 +142,6 @@ def _say_source(args: argparse.Namespace, source: Repository) -> None:
         print(f"source  {source}, known after {asked}")
 
 
-def _mesh(args: argparse.Namespace, mapping: Family) -> tuple[Mesh, Rules]:
-    if args.mesh is None:
-        if args.rules is not None:
-            raise fail("bad-mesh", "--rules say how a mesh shards, and there is none", help="give one with --mesh")
-        return (), ()
-    tree = target_tree(mapping.target)
-    axes, rules = load_rules(Path(args.rules), tree) if args.rules is not None else (tree.mesh_axes, tree.rules)
-    return read_mesh(args.mesh, axes), rules
-
-
 def _compile_export(args: argparse.Namespace) -> Plan:
     if not args.source:
         raise fail("unknown-source", "an export is compiled for a checkpoint", help="say which one with `--source DIR`")
@@ -187,32 +151,34 @@ def _compile_export(args: argparse.Namespace) -> Plan:
         raise fail("bad-pipeline", "an export finds out how layers are pipelined", help="leave out --pipeline")
     if args.link:
         raise fail("cannot-link", "an export writes files of its own", help="leave out --link")
-    with export.reading(args, chunks=False) as work:
-        return export.compiled(args, work)[0]
-
-
-def find(args: argparse.Namespace) -> tuple[Family, Model]:
-    return find_model(args.model, _mappings(args.mapping))
+    with api.ExportCompilation(args.source) as compilation:
+        return export.compiled(args, compilation)
 
 
 def _execute(plan: Plan, text: str | bytes, args: argparse.Namespace, source: Source | None, peers: Alone) -> None:
     from ckptc.cli import verify
-    from ckptc.run.pool import cores
-    from ckptc.run.runner import Settings
-    from ckptc.run.runner import run as run_plan
+    from ckptc.run.runner import Report
 
     digest: str = json.loads(text)["digest"]
     if getattr(args, "cache", False):
         _fill_cache(plan, args, source)
-    settings = Settings(args.jobs or cores(), args.restart, args.force, args.check_source)
-    verified = []
+    verified: list[Verified] = []
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-
-        def check(step: Path) -> None:
-            verified.append(verify.against_source(plan, step, source, args.mapping, on_progress))
-
-        before_commit = check if args.verify else None
-        report = run_plan(plan, digest, args.output, source, on_progress, settings, before_commit, peers)
+        report = api.run(
+            plan,
+            args.output,
+            source=source,
+            jobs=args.jobs,
+            restart=args.restart,
+            force=args.force,
+            check_source=args.check_source,
+            verify=args.verify,
+            mapping=args.mapping,
+            on_progress=on_progress,
+            on_verified=verified.append,
+            peers=peers,
+        )
+    assert isinstance(report, Report)
     record: dict[str, Any] = {
         **asdict(report),
         "model": plan.made.model,
@@ -241,39 +207,3 @@ def _fill_cache(plan: Plan, args: argparse.Namespace, source: Source | None) -> 
             print(f"fetches {name}", file=sys.stderr)
 
     found.fetch([f.name for f in plan.sources[0].files], say)
-
-
-def write_plan(path: Path, text: str, force: bool) -> None:
-    """Whole or not at all; replaces an earlier plan, and nothing else unless told to."""
-    try:
-        _refuse_to_replace(path, force)
-        final = Path(os.path.realpath(path))  # the plan that a link points at is replaced, not the link
-        descriptor, temporary = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name[:50]}.")
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, final)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        help = None if os.path.lexists(path.parent) else f"create the directory {path.parent} first"
-        raise fail("unwritable-output", f"cannot write {path}: {error.strerror}", help=help) from None
-
-
-def _refuse_to_replace(path: Path, force: bool) -> None:
-    if not path.exists():
-        return
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "not a regular file"
-        help = "`-o` names the plan's own file; `--dump-plan` prints the plan"
-        raise fail("output-exists", f"{path} is {what}", help=help)
-    if not force:
-        with path.open("rb") as file:
-            if file.read(len(_PLAN_BEGINS)) != _PLAN_BEGINS:
-                raise fail(
-                    "output-exists", f"{path} exists and is not a plan", help="choose another name, or use --force"
-                )

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptc.cli import arguments, render
@@ -40,13 +39,9 @@ def add_diff(commands: Any) -> None:
 
 def diff(args: argparse.Namespace) -> int:
     """Exit code 0 where both are the same, 1 where they differ."""
-    from ckptc.run.diff import compare, open_side
+    from ckptc import api
 
-    memory = args.memory
-    first, second = (open_side(Path(given), memory, args.all) for given in (args.first, args.second))
-    render.say_step(Path(args.first), first.said)
-    render.say_step(Path(args.second), second.said)
-    found = compare(first, second, memory)
+    found = api.diff(args.first, args.second, memory=args.memory, all=args.all, on_step=render.say_step)
     for given, summed in zip((args.first, args.second), found.checksums, strict=True):
         if summed is not None and summed < found.arrays:
             which = f"{found.arrays - summed} of {found.arrays} arrays have" if summed else "the checkpoint has"

@@ -15,9 +15,9 @@ from ckptc.cli.progress import show_progress
 from ckptc.diagnostics import fail
 
 if TYPE_CHECKING:
+    from ckptc.api import ExportCompilation
     from ckptc.plan.model import Exactness, Plan
     from ckptc.run.export import ExportReport
-    from ckptc.run.forked_call import ForkedCall
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
 
 SCHEME = arguments.SCHEME
@@ -134,85 +134,30 @@ def compilation_too(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(scan=None, dtype=None, memory=None, param_scan_axis=None)
 
 
-def reading(args: argparse.Namespace, chunks: bool) -> ForkedCall:
-    """Begins to read what the checkpoint's metadata says, by TensorStore, which has threads: meanwhile, what else is
-    needed can be loaded. `chunks`: whether to list where they lie, too, which only a run needs.
-    """
-    from ckptc.run.forked_call import ForkedCall
-
-    def read() -> list[Any]:
-        from ckptc.storage.checkpoint.orbax_reader import list_plain, open_saved
-
-        saved, step = open_saved(Path(args.source))
-        return [saved.record(), list_plain(step.items).record() if chunks else None, str(step.items), step.said]
-
-    return ForkedCall(read)
-
-
-def compiled(args: argparse.Namespace, work: ForkedCall) -> tuple[Plan, PlainIndex | None, Path | None]:
-    """The plan of an export, from the options of `export` or of `compile --export` and what `reading` finds; where
-    what it reads lies, if `reading` was asked for that; and the directory with the original's files.
-    """
-    from ckptc.cli.commands import find
-    from ckptc.compile.export import compile_export
-    from ckptc.compile.reading import ExportOptions
-    from ckptc.ir.saved import Saved
-    from ckptc.run.export import companions_digest
-    from ckptc.storage.checkpoint.companions import find_original, open_original
-    from ckptc.storage.checkpoint.orbax_index import PlainIndex
-    from ckptc.storage.source.remembered import remember
-
-    if args.model:
-        find(args)  # before anything is waited for
-    record, chunks, items, said = work.result()
-    render.say_step(Path(args.source), said)
-    saved, plain = Saved.of(record), None if chunks is None else PlainIndex.of(chunks)
-    noted = saved.converted
-    args.model = args.model or _noted_model(noted.get("model"), args.source)
-    mapping, model = find(args)
-    directory = find_original(Path(args.config_from)) if args.config_from else _kept(Path(items))
-    original = open_original(directory, noted.get("dims")) if directory else None
-    options = ExportOptions(
+def compiled(args: argparse.Namespace, compilation: ExportCompilation) -> Plan:
+    """The plan of an export, from the options of `export` or of `compile --export`."""
+    return compilation.plan(
+        args.model,
+        mapping=args.mapping,
+        config_from=args.config_from,
+        scan=args.scan,
         dtype=args.dtype,
-        multimodal=args.multimodal or (mapping.multimodal and noted.get("multimodal") is True),
+        multimodal=args.multimodal,
         set=dict(args.set),
-        layout=None if args.scan is None else "scanned" if args.scan else "unscanned",
         scan_axis=args.param_scan_axis,
-        memory=args.memory or MEMORY,
-        max_shard=args.max_shard_size,
+        memory=args.memory,
+        max_shard_size=args.max_shard_size,
+        on_step=lambda said: render.say_step(Path(args.source), said),
     )
-    plan = compile_export(mapping, model, options, saved, original)
-    remember(plan.source or "", Path(items))
-    from ckptc.plan.model import Safetensors
-
-    assert isinstance(plan.layout, Safetensors)
-    if plan.layout.companions and directory:
-        remember(companions_digest(plan.layout), directory)
-    return plan, plain, directory
-
-
-def _noted_model(noted: object, source: str) -> str:
-    """The model that a checkpoint says it is of. Raises `no-model`."""
-    if not isinstance(noted, str):
-        help = "say it with `--model NAME`; `ckptc models` lists them"
-        raise fail("no-model", f"{source} does not say which model it is of", help=help)
-    return noted
-
-
-def _kept(items: Path) -> Path | None:
-    """The original's files that a conversion has kept in its checkpoint, if it has."""
-    from ckptc.storage.checkpoint.companions import KEPT
-    from ckptc.storage.checkpoint.safetensors import CONFIG
-
-    kept = items / KEPT
-    return kept if (kept / CONFIG).is_file() else None
 
 
 def export(args: argparse.Namespace) -> None:
-    with reading(args, chunks=not args.dump_plan) as work:  # before anything is loaded
-        plan, plain, companions = compiled(args, work)
-    from ckptc.cli.commands import write_plan
+    from ckptc.api import ExportCompilation
+
+    with ExportCompilation(args.source, chunks=not args.dump_plan) as compilation:  # before anything else is loaded
+        plan = compiled(args, compilation)
     from ckptc.plan.json import dumps
+    from ckptc.plan.on_disk import write_plan
 
     text = dumps(plan)
     if args.plan_file:
@@ -222,7 +167,7 @@ def export(args: argparse.Namespace) -> None:
         return
     if not args.json and not args.quiet:
         print(summary(plan) + "\n")
-    execute(plan, json.loads(text)["digest"], args, Path(args.source), companions, plain)
+    execute(plan, json.loads(text)["digest"], args, Path(args.source), compilation.companions, compilation.plain)
 
 
 def execute(
@@ -234,23 +179,31 @@ def execute(
     plain: PlainIndex | None = None,
 ) -> None:
     """Runs an export's plan, and says what it did. `plain`: where chunks lie, if that is known."""
-    from ckptc.run.export import export as run_export
-    from ckptc.run.pool import cores
+    from ckptc import api
+    from ckptc.run.export import ExportReport
     from ckptc.storage.sink import hub
 
-    jobs = args.jobs or cores()
     name = hub.target(args.output) if args.output.startswith(SCHEME) else None
     output = Path(args.output) if name is None else hub.staging(digest)
     if name is not None:
         hub.prepare(name, args.public, args.force)
-    elif args.public:
+    elif getattr(args, "public", False):  # `run` has no such option
         raise fail(
             "unused-option", "--public is for an --output on the Hub", help="leave it out, or give hf://ORG/NAME"
         )
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
-        report = run_export(
-            plan, output, source, companions, on_progress, args.force or name is not None, jobs, plain, args.restart
+        report = api.run(
+            plan,
+            output,
+            source=source,
+            config_from=companions,
+            jobs=args.jobs,
+            restart=args.restart,
+            force=args.force or name is not None,
+            on_progress=on_progress,
+            plain=plain,
         )
+    assert isinstance(report, ExportReport)
     if name is not None:
         made = plan.made
         text = hub.card(made.model, made.repo, made.family, digest, _shown_source(source), exact_line(plan), plan.notes)

@@ -16,6 +16,7 @@ The records are their own JSON (`ckptc.plan.json`): types and bounds are checked
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -189,6 +190,33 @@ class Plan(Record, frozen=True, dict=True):
     def source(self) -> str | None:
         """The digest of the first source; None of a plan that names no bytes to read."""
         return self.sources[0].digest
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` and 64 hex digits, of everything that the plan says."""
+        from ckptc.plan.json import digest
+
+        return digest(self)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Writes the plan's JSON file, whole or not at all. An earlier plan is replaced; anything else only with `force`.
+
+        Raises InputError: `output-exists`, `unwritable-output`.
+        """
+        from ckptc.plan.json import dumps
+        from ckptc.plan.on_disk import write_plan
+
+        write_plan(Path(path), dumps(self), force)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """The plan of a file that `save` or `ckptc compile -o` wrote.
+
+        Raises InputError: `unreadable-plan`, `invalid-plan`, `plan-format`, `edited-plan`.
+        """
+        from ckptc.plan.on_disk import read_plan
+
+        return read_plan(Path(path))[0]
 
 
 __all__ = [
