@@ -36,7 +36,7 @@ class ExportCompilation:
 
     def __init__(self, source: str | Path, chunks: bool = False) -> None:
         """`chunks`: whether to list where they lie, too, which only a run needs."""
-        from ckptc.run.forked_call import ForkedCall
+        from ckptc.storage.forked_call import ForkedCall
 
         self.source = Path(source)
         self.plain: PlainIndex | None = None  # where chunks lie, once compiled

@@ -24,7 +24,6 @@ from ckptc.plan.files import headers, places, texts
 from ckptc.plan.json import digest
 from ckptc.plan.model import Box, Plan, Safetensors
 from ckptc.plan.order import forwards, written
-from ckptc.run.forked_call import can_fork, forked_call
 from ckptc.run.journal import SYNC_SECONDS, output_error
 from ckptc.run.leftovers import trained_rows, twin_differs
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
@@ -44,6 +43,7 @@ from ckptc.storage.checkpoint.orbax_reader import (
 from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSpec
 from ckptc.storage.checkpoint.steps import find_step, require_directory
 from ckptc.storage.checkpoint.sums import Summed, Sums
+from ckptc.storage.forked_call import can_fork, forked_call
 from ckptc.storage.source.content import Status, changed_since, first_of
 from ckptc.storage.source.directory import Directory
 from ckptc.storage.source.remembered import located

@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ckptc.diagnostics import Diagnostic, InputError, Span, fail
+from ckptc.diagnostics import fail
+from ckptc.storage.forked_call import die_with, error_record, leave_signals_to_parent, raise_recorded
 
 POLL = 0.1  # seconds between two looks at the counters
 PATIENCE = 10.0  # seconds that workers have to stop by themselves
@@ -167,46 +166,6 @@ def _child(body: Body, k: int, pipe: Connection, parent: int) -> None:
         pipe.send_bytes(json.dumps(error_record(error)).encode())
         os._exit(1)
     os._exit(0)  # nothing of the parent's to clean up
-
-
-def leave_signals_to_parent() -> None:
-    """What a terminal or a supervisor sends reaches the whole group; the parent decides what becomes of its children."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def die_with(parent: int) -> None:
-    """Asks the kernel to kill this process when its parent dies, where it can (Linux, prctl(2) PR_SET_PDEATHSIG)."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
-    except (OSError, AttributeError):
-        pass
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def error_record(error: BaseException) -> dict[str, Any]:
-    """What a process ends with, as JSON for its parent."""
-    if isinstance(error, InputError):
-        return {"input": [asdict(d) for d in error.diagnostics]}
-    return {"internal": f"{type(error).__name__}: {error}"}
-
-
-def raise_recorded(said: dict[str, Any]) -> None:
-    """Raises what `error_record` has error_record, if anything: the InputError, or RuntimeError with the text of another failure."""
-    if "input" in said:
-        raise InputError(
-            Diagnostic(d["code"], d["message"], d["span"] and _span(d["span"]), tuple(d["notes"]), d["help"])
-            for d in said["input"]
-        )
-    if "internal" in said:
-        raise RuntimeError(said["internal"])
-
-
-def _span(error_record: dict[str, Any]) -> Span:
-    return Span(**{**error_record, "also": tuple((what, _span(span)) for what, span in error_record["also"])})
 
 
 def _raise(said: dict[str, Any], code: int | None) -> None:

@@ -39,11 +39,11 @@ from typing import Any
 from ckptc.diagnostics import InputError, fail
 from ckptc.plan.model import Plan
 from ckptc.run.coordinator import Alone
-from ckptc.run.forked_call import forked_call
 from ckptc.run.journal import UNFINISHED, output_error
 from ckptc.run.output import STEP, Finish, Journal, Unfinished, exists, largest_chunk
 from ckptc.run.sources import Sighting, other_plan
 from ckptc.storage.checkpoint.orbax_writer import Entry, ItemsWriter, WriterState, indexed_bytes
+from ckptc.storage.forked_call import forked_call
 from ckptc.storage.formats import checksum
 from ckptc.storage.sink.bucket import MARKER, ObjectData, ObjectStore
 

@@ -18,7 +18,6 @@ from ckptc.ir.source import SourceFile
 from ckptc.plan.model import Plan
 from ckptc.run.coordinator import Alone
 from ckptc.run.distributed import Written, agree, announce, gather, join_unfinished
-from ckptc.run.forked_call import can_fork
 from ckptc.run.linking import Linked, link
 from ckptc.run.memory import peak_resident_bytes
 from ckptc.run.output import LocalOutput, Output, Unfinished
@@ -29,6 +28,7 @@ from ckptc.run.work import Progress, Work, copied, orbax
 from ckptc.storage.checkpoint.companions import KEPT, kept, to_keep
 from ckptc.storage.checkpoint.orbax_writer import finish
 from ckptc.storage.checkpoint.steps import require_directory
+from ckptc.storage.forked_call import can_fork
 from ckptc.storage.formats import checksum
 from ckptc.storage.formats.orbax_metadata import ONE_DEVICE
 from ckptc.storage.source.base import Source, as_source, opened

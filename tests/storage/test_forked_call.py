@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ckptc.diagnostics import InputError, Span, fail
-from ckptc.run import forked_call as module
-from ckptc.run.forked_call import can_fork
+from ckptc.storage import forked_call as module
+from ckptc.storage.forked_call import can_fork
 from waiting import SECONDS, alive, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:.*multi-threaded:DeprecationWarning")
@@ -52,7 +52,7 @@ def test_a_process_that_is_killed_is_said_to_be() -> None:
 ORPHAN = """\
 import os, sys, time
 from pathlib import Path
-from ckptc.run import forked_call as module
+from ckptc.storage import forked_call as module
 def make():
     Path(sys.argv[1] + ".new").write_text(str(os.getpid()))
     os.rename(sys.argv[1] + ".new", sys.argv[1])
