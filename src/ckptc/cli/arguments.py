@@ -23,7 +23,7 @@ _UNITS = {
 }
 MEMORY_LEAST = 1 * MIB
 SCHEME = "hf://"
-ON_THE_HUB = ("compile", "run", "convert", "verify")  # commands whose source may lie there
+ON_THE_HUB = ("compile", "explain", "run", "convert", "verify")  # commands whose source may lie there
 LARGEST = 10**18  # that a number may be, here and in mappings
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.resources import as_file, files
 from typing import Any
 
+from ckptc.cli.plan import explained
 from ckptc.diagnostics import fail, nearest
 
 WIDTH = 100
@@ -29,14 +30,24 @@ def add_explain(commands: Any) -> None:
     """The parser of `explain`."""
     parser = commands.add_parser(
         "explain",
-        help="say what a code of a diagnostic means, and what to do",
-        description="Errors begin with error[CODE]. With CODE, its cause and cure; without, every code.",
+        help="say what an error's code means, or what becomes of a tensor",
+        description="Errors begin with error[CODE]. With CODE, its cause and cure; without, every code. With a model and a "
+        "tensor or an array of it, which rows of which tensor become which part of which array, by which rule.",
     )
-    parser.add_argument("code", nargs="?", metavar="CODE", help="such as shape-mismatch")
+    parser.add_argument("code", nargs="?", metavar="CODE|MODEL", help="such as shape-mismatch, or gemma2-2b")
+    parser.add_argument(
+        "tensor", nargs="?", metavar="TENSOR", help="a name at the source or in the target; may have stars"
+    )
+    explained(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def explain(args: argparse.Namespace) -> None:
+    if args.tensor is not None:
+        from ckptc.cli.trace import explain_tensor
+
+        explain_tensor(args)
+        return
     known = catalogue()
     if args.code is None:
         print(json.dumps(known, indent=1) if args.json else _list(known))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments, diff, explain, export, formats, system
+from ckptc.cli import arguments, diff, explain, export, formats, plan, system
 from ckptc.diagnostics import InputError, fail
 
 WHERE = "CKPTC_TRACEBACK=1 shows where"
@@ -36,6 +36,8 @@ examples:
   ckptc verify plan.json --output OUT                 each bit, against the source
   ckptc export --source OUT --output HF               and back, as safetensors
   ckptc diff HF DIR                                   what differs, and by how much
+  ckptc plan show plan.json --html plan.html          a page to explore it
+  ckptc explain gemma2-2b '*q_proj*'                  what becomes of a tensor
   ckptc explain shape-mismatch                        what an error's code means, and what to do
 
 exit codes: 0 done; 1 the input is at fault, or diff found differences; 2 usage or internal error;
@@ -136,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print what was verified as JSON")
     verify.add_argument("--quiet", action="store_true", help="show no progress")
     explain.add_explain(commands)
+    plan.add_plan(commands)
     for command in commands.choices.values():
         formats.add_format(command)
     return top
@@ -220,6 +223,7 @@ def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:
         "diff": diff.diff,
         "verify": verify.verify,
         "explain": explain.explain,
+        "plan": plan.plan,
     }[command]
 
 
