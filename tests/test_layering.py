@@ -9,8 +9,23 @@ from pathlib import Path
 import ckptc
 
 SOURCE = Path(ckptc.__file__).parent
-FILES = sorted(p for p in SOURCE.rglob("*.py") if "_data" not in p.parts)
-ORDER = ("diagnostics", "regular", "spec", "ops", "ir", "plan", "compile", "storage", "run", "api", "cli", "__main__")
+SIDES = SOURCE / "prove" / "sides"  # programs for other Pythons, which have torch or MaxText
+FILES = sorted(p for p in SOURCE.rglob("*.py") if "_data" not in p.parts and SIDES not in p.parents)
+ORDER = (
+    "diagnostics",
+    "regular",
+    "spec",
+    "ops",
+    "ir",
+    "plan",
+    "compile",
+    "storage",
+    "run",
+    "prove",
+    "api",
+    "cli",
+    "__main__",
+)
 # What a stage does without, of the stages before it: the table in the design.
 APART = {
     "ops": {"diagnostics", "spec"},
@@ -18,6 +33,7 @@ APART = {
     "plan": {"spec", "ir"},  # not how it was made
     "storage": {"spec", "plan", "compile"},
     "run": {"spec", "compile"},  # needs nothing but the plan and the source
+    "prove": {"ops", "ir", "plan", "storage", "run"},  # converts as a user does
 }
 EXCEPTIONS = {("plan", "ckptc.spec.resources")}  # the shipped schema
 # Libraries that belong to one stage alone.
@@ -82,6 +98,11 @@ def test_libraries_stay_in_the_stage_that_owns_them() -> None:
 def test_nothing_of_the_other_side_is_imported_and_nothing_unpickles() -> None:
     used = [found for file in FILES for found in imports(file)]
     assert [(where, module) for where, module in used if module.split(".")[0] in NEVER] == []
+
+
+def test_programs_for_other_pythons_import_nothing_of_ckptc() -> None:
+    used = [found for file in sorted(SIDES.glob("*.py")) for found in imports(file)]
+    assert used and [(where, module) for where, module in used if module.split(".")[0] == "ckptc"] == []
 
 
 def test_every_stage_is_in_the_order() -> None:

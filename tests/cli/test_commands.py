@@ -135,7 +135,7 @@ def test_a_plan_made_without_a_checkpoint_is_not_said_to_run(ckptc: Command, map
 
 def test_compile_json(ckptc: Command, mapping: str, source: str) -> None:
     record = json.loads(ckptc(*PLAN, "--json").out)
-    assert list(record) == ["made", "choices", "layout", "totals", "left_out", "decoded", "rules"]
+    assert list(record) == ["made", "choices", "layout", "totals", "left_out", "decoded", "rules", "proved"]
     assert record["totals"]["write_bytes"] == sum(r["write_bytes"] for r in record["rules"]) == 160
 
 

@@ -65,18 +65,29 @@ def compile_(args: argparse.Namespace) -> None:
     if args.dump_plan:
         sys.stdout.write(text)
     elif args.json:
-        record = export.summary_record(plan) if args.export else render.summary_record(plan)
+        record = export.summary_record(plan) if args.export else render.summary_record(plan, meaning(args, plan))
         if args.num_processes:
             record["processes"] = asdict(balance(plan, args.num_processes))
         print(json.dumps(record, indent=1))
     else:
-        print(export.summary(plan) if args.export else render.summary(plan))
+        print(export.summary(plan) if args.export else render.summary(plan, meaning(args, plan)))
         if args.num_processes:
             print(f"\n{render.balance(balance(plan, args.num_processes))}")
         if args.plan_file:
             # Made without a checkpoint, a plan is to be read and compared; there are no bytes to run it on.
             runs = f"; `ckptc run {args.plan_file} --output DIR` executes it" if plan.source else ""
             print(f"\nplan written to {args.plan_file}{runs}")
+
+
+def meaning(args: argparse.Namespace, plan: Plan) -> str:
+    """What is proved of a plan, for people."""
+    from ckptc.prove.record import said
+
+    return said(
+        *api.find(args.model, args.mapping),
+        Path(args.mapping) if args.mapping else None,
+        headers=plan.source is not None,
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments, diff, explain, export, formats, plan, system
+from ckptc.cli import arguments, diff, explain, export, formats, plan, prove, system
 from ckptc.diagnostics import InputError, fail
 
 WHERE = "CKPTC_TRACEBACK=1 shows where"
@@ -36,6 +36,7 @@ examples:
   ckptc verify plan.json --output OUT                 each bit, against the source
   ckptc export --source OUT --output HF               and back, as safetensors
   ckptc diff HF DIR                                   what differs, and by how much
+  ckptc prove --model gemma2-2b --setup ENVS          that both models compute the same
   ckptc plan show plan.json --html plan.html          a page to explore it
   ckptc explain gemma2-2b '*q_proj*'                  what becomes of a tensor
   ckptc explain shape-mismatch                        what an error's code means, and what to do
@@ -137,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--mapping", metavar="FILE", help="with a plan: its mapping, if it is not a shipped one")
     verify.add_argument("--json", action="store_true", help="print what was verified as JSON")
     verify.add_argument("--quiet", action="store_true", help="show no progress")
+    prove.add_prove(commands)
     explain.add_explain(commands)
     plan.add_plan(commands)
     for command in commands.choices.values():
@@ -222,6 +224,7 @@ def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:
         "convert": commands.convert,
         "diff": diff.diff,
         "verify": verify.verify,
+        "prove": prove.prove,
         "explain": explain.explain,
         "plan": plan.plan,
     }[command]

@@ -281,7 +281,7 @@ def _mesh(plan: Plan) -> list[str]:
     ]
 
 
-def summary_record(plan: Plan) -> dict[str, Any]:
+def summary_record(plan: Plan, meaning: str = "") -> dict[str, Any]:
     """The summary, as `ckptc compile --json` prints it."""
     from msgspec import to_builtins
 
@@ -290,6 +290,7 @@ def summary_record(plan: Plan) -> dict[str, Any]:
         **{k: body[k] for k in ("made", "choices", "layout", "totals", "left_out")},
         "decoded": dict(decoded(plan)),
         "rules": rules(plan),
+        **({"proved": meaning} if meaning else {}),
     }
 
 
@@ -299,8 +300,8 @@ def layout(choices: Choices) -> str:
     return choices.layout + axis + (f", pipeline of {choices.pipeline}" if choices.pipeline else "")
 
 
-def summary(plan: Plan) -> str:
-    """What a run would do: counts, bytes, memory, what is left out, one line for each rule."""
+def summary(plan: Plan, meaning: str = "") -> str:
+    """What a run would do: counts, bytes, memory, what is proved and left out, one line for each rule."""
     t, c, m, stored = plan.totals, plan.choices, plan.made, orbax(plan)
     source = (
         f"{len(plan.sources[0].files)} files"
@@ -319,6 +320,7 @@ def summary(plan: Plan) -> str:
         + (f", compressed: {stored.compression}" if stored.compression != "none" else ""),
         f"memory  {size(t.peak_memory_bytes)} for each worker, within a budget of {size(c.memory)}",
         *_mesh(plan),
+        *([f"proved  {meaning}"] if meaning else []),
     ]
     lines += [f"decodes {n} weight{'s' if n != 1 else ''} stored as {code}" for code, n in decoded(plan)]
     lines += _links(plan)

@@ -20,7 +20,7 @@ SHOWN = 20  # names of linked arrays
 def verify(args: argparse.Namespace) -> None:
     from ckptc import api
 
-    target = Path(args.target)
+    target, proved = Path(args.target), ""
     with show_progress(enabled=not args.quiet and not args.json) as on_progress:
         if target.is_dir() or not (target.exists() or target.suffix == ".json"):  # a plan's name, most likely
             _refuse_options(args)
@@ -42,10 +42,21 @@ def verify(args: argparse.Namespace) -> None:
                 on_progress=on_progress,
                 on_step=render.say_step,
             )
+            proved = _meaning(plan.made.model, args.mapping)
     record: dict[str, object] = {"arrays": verified.arrays, "bytes": verified.bytes, "against": against}
     if verified.linked:
         record |= {"linked_arrays": verified.linked, "linked_bytes": verified.linked_bytes}
-    print(json.dumps(record) if args.json else line(verified, against))
+    if proved:
+        record["proved"] = proved
+    print(json.dumps(record) if args.json else line(verified, against) + (f"\n{proved}" if proved else ""))
+
+
+def _meaning(model: str, mapping: str | None) -> str:
+    from ckptc.prove.record import said
+    from ckptc.spec.mapping import find_model, load_mapping
+
+    path = Path(mapping) if mapping else None
+    return said(*find_model(model, (load_mapping(path),) if path else None), path)
 
 
 def line(verified: Verified, against: str) -> str:
