@@ -235,3 +235,31 @@ def test_wrong_axes_say_where(text: str, count: int, at: int, message: str) -> N
     with pytest.raises(AxesError, match=message) as caught:
         parse(text, count)
     assert caught.value.at == at
+
+
+BY_LAYER = "by_layer: { layers: { head_dim: head_dim * 2 if layer == 1 else head_dim } }\n"
+VALUE = "rotary: halves, layers: { value: { %s, as: %s } }"
+
+
+def test_sizes_by_layer_are_those_of_each_layer(tmp_path: Path) -> None:
+    mapping = family(
+        tmp_path,
+        VALUE % ("in: v.weight", "(kv_heads head_dim) embed"),
+        VALUE % ("at: value/kernel", "embed kv_heads head_dim"),
+        BY_LAYER,
+    )
+    dims = evaluate_dims(mapping, mapping.models["tiny"], {}, {"layers": 2})
+    ((_, graph),) = all_namings(
+        mapping, Options(layout="unscanned"), dims, {**dims, "config": {}, "multimodal": False}, None
+    )
+    shapes = {t.path[-3]: t.type.shape for t in graph.targets}
+    assert shapes == {"layers_0": (EMBED, KV_HEADS, HEAD_DIM), "layers_1": (EMBED, KV_HEADS, 2 * HEAD_DIM)}
+
+
+def test_sizes_that_differ_within_a_stack_are_refused(tmp_path: Path) -> None:
+    tree = VALUE % ("at: value/kernel", "embed kv_heads head_dim")
+    tree = tree.replace("layers: {", "layers: { scanned: [{ at: all, stack: { layer: layers } }], ")
+    mapping = family(tmp_path, VALUE % ("in: v.weight", "(kv_heads head_dim) embed"), tree, BY_LAYER)
+    dims = evaluate_dims(mapping, mapping.models["tiny"], {}, {"layers": 2})
+    with pytest.raises(InputError, match="dim `head_dim` differs among the stacked layers"):
+        list(all_namings(mapping, Options(layout="scanned"), dims, {**dims, "config": {}, "multimodal": False}, None))

@@ -24,7 +24,7 @@ class Logical:
 
     name: str
     section: str  # `model`, or what repeats: `layers`, `vision_layers`, …
-    forms: tuple[tuple[str, ...], ...]  # axes, sorted; several where models differ
+    forms: tuple[tuple[str, ...], ...]  # axes, sorted; several where models differ; none of a single number, written `1`
     says: tuple[str, ...]  # conventions that whoever holds it states
     span: Span
 
@@ -68,9 +68,8 @@ class Vocabulary:
                     raise fail("duplicate-key", f"there is a logical tensor `{name}` already", span=span)
                 given = entry if isinstance(entry, dict) else {"axes": entry}
                 forms = given["axes"] if isinstance(given["axes"], list) else [given["axes"]]
-                tensors[name] = Logical(
-                    name, section, tuple(tuple(sorted(f.split())) for f in forms), tuple(given.get("says", ())), span
-                )
+                axes = tuple(tuple(sorted(n for n in f.split() if n != "1")) for f in forms)
+                tensors[name] = Logical(name, section, axes, tuple(given.get("says", ())), span)
         return Vocabulary(tensors)
 
 
