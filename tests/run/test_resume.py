@@ -131,6 +131,13 @@ def assert_no_checkpoint(output: Path) -> None:
         ocp_v1.load_pytree(output)
 
 
+def older_checkpoint(output: Path, name: str) -> None:
+    """What --force takes for a checkpoint, with a file in it to know it by."""
+    (output / "0").mkdir(parents=True)
+    (output / "0" / "_CHECKPOINT_METADATA").touch()
+    (output / "0" / name).touch()
+
+
 def done_units(output: Path) -> int:
     """Units that the journals of a run speak of."""
     journals = [path.read_bytes().split(b"\n") for path in (output / UNFINISHED).glob("journal.*[0-9]")]
@@ -200,8 +207,7 @@ def test_a_replacement_killed_at_any_step_leaves_the_older_output_or_the_new_one
     plan: Plan, plan_file: Path, sums: dict[str, str], patch: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    (output / "0").mkdir(parents=True)
-    (output / "0" / "older").touch()
+    older_checkpoint(output, "older")
     assert ended(there(plan_file, output, "--jobs", "1", "--force", patch=AFTER + patch))[0] == -signal.SIGKILL
     if "replace" in patch:  # between the two renames: kept aside, where the next run finds it
         assert (output / UNFINISHED / "replaced" / "older").exists() and not (output / "0").exists()
@@ -290,8 +296,7 @@ def test_an_output_that_is_there_is_refused_and_kept(plan: Plan, tmp_path: Path)
 
 def test_force_replaces_an_output_only_at_the_end(plan: Plan, sums: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    (output / "0").mkdir(parents=True)
-    (output / "0" / "old").touch()
+    older_checkpoint(output, "old")
 
     def fails(step: Path) -> None:
         assert (step / "items" / "manifest.ocdbt").exists() and (output / "0" / "old").exists()
@@ -299,7 +304,7 @@ def test_force_replaces_an_output_only_at_the_end(plan: Plan, sums: dict[str, st
 
     with pytest.raises(ZeroDivisionError):
         here(plan, output, fails, force=True)
-    assert [p.name for p in (output / "0").iterdir()] == ["old"]
+    assert {p.name for p in (output / "0").iterdir()} == {"old", "_CHECKPOINT_METADATA"}
     with pytest.raises(InputError, match="output-exists"):
         here(plan, output)
     here(plan, output, force=True)
@@ -384,7 +389,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_the_same_command_goes_on(
     plan: Plan, plan_file: Path, sums: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    patch = "made = worker.Worker._make\nworker.Worker._make = lambda s, k, n, b, x: die() if n == 9 else made(s, k, n, b, x)"
+    patch = "made = worker.Worker._make\nworker.Worker._make = lambda s, k, u, x: die() if k == 9 else made(s, k, u, x)"
     code, err = ended(there(plan_file, output, "--jobs", "2", patch=patch))
     assert code == 1 and "error[worker-died]: a worker process was killed (signal 9)" in err
     assert "Traceback" not in err and done_units(output) > 0
@@ -448,13 +453,13 @@ def test_a_source_that_goes_away_half_way_is_an_input_error(plan: Plan, tmp_path
     source = Path(shutil.copytree(CASE.hf, tmp_path / "source"))
     load, count = worker.Worker._load, 0
 
-    def cutting(self: Any, number: int, box: Any, turn: int) -> Any:
+    def cutting(self: Any, unit: Any, turn: int) -> Any:
         nonlocal count
         count += 1
         if count == 50:
             for path in source.glob("*.safetensors"):
                 os.truncate(path, 100)
-        return load(self, number, box, turn)
+        return load(self, unit, turn)
 
     digest = json.loads(dumps(plan))["digest"]
     with pytest.MonkeyPatch.context() as patch:

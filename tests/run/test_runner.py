@@ -156,12 +156,12 @@ def test_a_source_cut_short_half_way_leaves_no_checkpoint(
     plan = compiled(source)
     load, begun = worker.Worker._load, output.with_name("begun")
 
-    def cutting(self: Any, number: int, box: Any, turn: int) -> Any:
+    def cutting(self: Any, unit: Any, turn: int) -> Any:
         if begun.exists():  # in whichever process: the second unit finds the files cut
             for file in FILES:
                 os.truncate(source / file, 2000)
         begun.touch()
-        return load(self, number, box, turn)
+        return load(self, unit, turn)
 
     monkeypatch.setattr(worker.Worker, "_load", cutting)
     (found,) = refused(plan, output, source, Settings(jobs=jobs))

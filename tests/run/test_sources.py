@@ -60,14 +60,14 @@ def interrupted(plan: Plan, source: Path, output: Path, units: int = 50, change:
     """A run that fails after some units, or in which the source changes then."""
     load, count = worker.Worker._load, 0
 
-    def counting(self: Any, number: int, box: Any, turn: int) -> Any:
+    def counting(self: Any, unit: Any, turn: int) -> Any:
         nonlocal count
         count += 1
         if count == units:
             if change is None:
                 raise OSError(errno.EIO, "the disk failed")
             change(source)
-        return load(self, number, box, turn)
+        return load(self, unit, turn)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker.Worker, "_load", counting)
