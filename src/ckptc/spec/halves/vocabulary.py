@@ -24,7 +24,7 @@ class Logical:
 
     name: str
     section: str  # `model`, or what repeats: `layers`, `vision_layers`, …
-    forms: tuple[tuple[str, ...], ...]  # axes, sorted; several where models differ; none of a single number, written `1`
+    forms: tuple[tuple[str, ...], ...]  # axes, sorted; several where models differ; none of a single number: `1`
     says: tuple[str, ...]  # conventions that whoever holds it states
     span: Span
 
