@@ -297,12 +297,12 @@ class _Lowering:
         for d in self.parts:
             given = d.data.get("rules", {}).get(self.target, {})
             for path in given.get("tensors", {}):
-                self._copy(d, ("rules", self.target, "tensors", path), ("tensors", path))
+                self._copy(d, ("rules", self.target, "tensors", path), ("tensors", self.written(path)))
             for name in given.get("blocks", {}):
                 if name in self.out.data.get("blocks", {}):
                     for path in given["blocks"][name]["tensors"]:
                         where: Path_ = ("rules", self.target, "blocks", name, "tensors", path)
-                        self._copy(d, where, ("blocks", name, "tensors", path))
+                        self._copy(d, where, ("blocks", name, "tensors", self.written(path)))
                 else:
                     self._copy(d, ("rules", self.target, "blocks", name), ("blocks", name))
 
