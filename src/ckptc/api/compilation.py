@@ -13,6 +13,7 @@ from ckptc.plan.model import Plan, Safetensors
 if TYPE_CHECKING:
     from ckptc.spec.mapping import Family, Model
     from ckptc.storage.checkpoint.orbax_index import PlainIndex
+    from ckptc.storage.source.base import Source
 
 EXPORT_MEMORY = 1 << 30  # bytes of buffers
 SHARD = 5 * 10**9  # bytes of tensors in a file
@@ -56,6 +57,7 @@ class ExportCompilation:
         *,
         mapping: str | Path | None = None,
         config_from: str | Path | None = None,
+        fill_from: str | Path | None = None,
         scan: bool | None = None,
         dtype: str | None = None,
         multimodal: bool = False,
@@ -72,6 +74,7 @@ class ExportCompilation:
         from ckptc.run.export import companions_digest
         from ckptc.storage.checkpoint.companions import find_original, open_original
         from ckptc.storage.checkpoint.orbax_index import PlainIndex
+        from ckptc.storage.checkpoint.safetensors import open_checkpoint
         from ckptc.storage.source.remembered import remember
 
         if model:
@@ -93,8 +96,11 @@ class ExportCompilation:
             memory=memory or EXPORT_MEMORY,
             max_shard=max_shard_size,
         )
-        plan = compile_export(family, named, options, saved, original)
+        filling = _filling(fill_from, directory)
+        plan = compile_export(family, named, options, saved, original, open_checkpoint(filling) if filling else None)
         remember(plan.source or "", Path(items))
+        if filling is not None and filling.local is not None and len(plan.sources) > 1:
+            remember(plan.sources[1].digest or "", filling.local)
         assert isinstance(plan.layout, Safetensors)
         if plan.layout.companions and directory:
             remember(companions_digest(plan.layout), directory)
@@ -116,6 +122,16 @@ def _noted_model(noted: object, source: Path) -> str:
         help = "say it with `--model NAME`; `ckptc models` lists them"
         raise fail("no-model", f"{source} does not say which model it is of", help=help)
     return noted
+
+
+def _filling(given: str | Path | None, original: Path | None) -> Source | None:
+    """What tensors are copied from that the target has no place for: the source that was given, else the original where
+    its weights are at hand."""
+    from ckptc.storage.source.base import as_source, opened
+
+    if given is not None:
+        return opened(given)
+    return as_source(original) if original is not None and any(original.glob("*.safetensors")) else None
 
 
 def _kept(items: Path) -> Path | None:

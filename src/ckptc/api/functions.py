@@ -124,7 +124,8 @@ def compile_export(source: str | Path, model: str | None = None, **options: Any)
     """The plan of an export: an Orbax checkpoint's way back to safetensors files. Reads no weights.
 
     `source`: an output or a run's directory, its `checkpoints`, a step, or its items. `model`: default: what a conversion
-    has noted. `options`: those of `ExportCompilation.plan`: `config_from`, the original's directory; `scan`, `scan_axis`,
+    has noted. `options`: those of `ExportCompilation.plan`: `config_from`, the original's directory; `fill_from`, a
+    checkpoint whose tensors are copied where the target has no place for them; `scan`, `scan_axis`,
     which are found out by default; `dtype` of floating tensors, by default the original's; `max_shard_size`, bytes of a
     file; `memory`, 1 GiB by default; `mapping`, `multimodal`, `set`.
 
@@ -140,6 +141,7 @@ def run(
     *,
     source: str | Path | Source | None = None,
     config_from: str | Path | None = None,
+    fill_from: str | Path | None = None,
     jobs: int | None = None,
     restart: bool = False,
     force: bool = False,
@@ -158,7 +160,8 @@ def run(
     most, by default the cores; a process that has loaded JAX or TensorStore runs one. `force`: replace a checkpoint that
     is there, once the new one is complete. Of conversions: `check_source`, a file of SHA-256 sums, or `auto`; `verify`:
     read everything back and compare it with the source before it appears. Of exports: `config_from`, the directory with
-    the files to copy. `peers`: the other processes of the run (`ckptc.run.coordinator`). `plain`: where an export's
+    the files to copy; `fill_from`, the checkpoint that tensors are copied from.
+    `peers`: the other processes of the run (`ckptc.run.coordinator`). `plain`: where an export's
     chunks lie, if that is known.
 
     Raises InputError: `abstract-plan`, `output-exists`, `source-changed`, `other-plan`, `disk-full`, `worker-died`, …
@@ -173,7 +176,7 @@ def run(
             raise fail("unsupported-url", "an export is written to a directory", help="give one with --output")
         directory = None if source is None else Path(str(source))
         copied = Path(config_from) if config_from else None
-        return run_export(plan, Path(output), directory, copied, on_progress, force, jobs, plain, restart)
+        return run_export(plan, Path(output), directory, copied, on_progress, force, jobs, plain, restart, fill_from)
     from ckptc.run.runner import Settings
     from ckptc.run.runner import run as run_plan
     from ckptc.storage.source.base import opened

@@ -172,6 +172,8 @@ def refuse_urls(args: argparse.Namespace) -> None:
             continue
         if name == "output" and value.startswith(SCHEME) and args.command == "export":
             continue
+        if name == "fill_from" and value.startswith(SCHEME):
+            continue
         if name == "source" and value.startswith(SCHEME) and args.command in ON_THE_HUB:
             continue
         if args.command not in ("run", "convert") or name != "output":

@@ -114,6 +114,12 @@ def _original(parser: argparse.ArgumentParser) -> None:
         "kept (default: what the checkpoint itself has kept of it)",
     )
     parser.add_argument(
+        "--fill-from",
+        metavar="DIR|hf://…",
+        help="a checkpoint, the original as a rule, whose tensors are copied bit for bit where the target has no place for "
+        "them: towers of a text model (default: --config-from, where it holds the weights, too)",
+    )
+    parser.add_argument(
         "--max-shard-size",
         type=arguments.size,
         default=5 * 10**9,
@@ -140,6 +146,7 @@ def compiled(args: argparse.Namespace, compilation: ExportCompilation) -> Plan:
         args.model,
         mapping=args.mapping,
         config_from=args.config_from,
+        fill_from=args.fill_from,
         scan=args.scan,
         dtype=args.dtype,
         multimodal=args.multimodal,
@@ -180,6 +187,7 @@ def execute(
 ) -> None:
     """Runs an export's plan, and says what it did. `plain`: where chunks lie, if that is known."""
     from ckptc import api
+    from ckptc.compile.export import RANDOM
     from ckptc.run.export import ExportReport
     from ckptc.storage.sink import hub
 
@@ -197,6 +205,7 @@ def execute(
             output,
             source=source,
             config_from=companions,
+            fill_from=args.fill_from,
             jobs=args.jobs,
             restart=args.restart,
             force=args.force or name is not None,
@@ -204,6 +213,8 @@ def execute(
             plain=plain,
         )
     assert isinstance(report, ExportReport)
+    for note in (n for n in plan.notes if n.startswith(RANDOM)):  # quiet or not: the loss shows much later
+        print(f"warning: {note.removeprefix(RANDOM)}", file=sys.stderr)
     if name is not None:
         made = plan.made
         text = hub.card(made.model, made.repo, made.family, digest, _shown_source(source), exact_line(plan), plan.notes)

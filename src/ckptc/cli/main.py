@@ -110,6 +110,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="of an export: the directory with the files to copy (default: as for --source)",
     )
+    run.add_argument(
+        "--fill-from",
+        metavar="DIR|hf://…",
+        help="of an export: the checkpoint that tensors are copied from (default: as for --source)",
+    )
     run.add_argument("--mapping", metavar="FILE", help="for --verify: the plan's mapping, if it is not a shipped one")
     arguments.execution(run)
     arguments.together(run)

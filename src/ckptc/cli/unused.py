@@ -15,9 +15,13 @@ UNUSED: dict[tuple[str, str], tuple[tuple[str, object, str], ...]] = {
         ("check_source", None, _EXPORT),
         ("mapping", None, _EXPORT),
     ),
-    ("run", "import"): (("config_from", None, _CONVERSION),),
+    ("run", "import"): (("config_from", None, _CONVERSION), ("fill_from", None, _CONVERSION)),
     ("compile", "export"): (("shards", 16, _EXPORT), ("compression", "none", _EXPORT)),
-    ("compile", "import"): (("config_from", None, _CONVERSION), ("max_shard_size", 5 * 10**9, _CONVERSION)),
+    ("compile", "import"): (
+        ("config_from", None, _CONVERSION),
+        ("fill_from", None, _CONVERSION),
+        ("max_shard_size", 5 * 10**9, _CONVERSION),
+    ),
 }
 
 

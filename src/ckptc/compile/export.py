@@ -18,6 +18,7 @@ from msgspec.structs import replace
 import ckptc
 from ckptc.compile.assemble import sha256
 from ckptc.compile.config import adapt
+from ckptc.compile.fill import copies, is_copy, left_in, schedule_both, source_of, towers_left_out
 from ckptc.compile.fold import fold
 from ckptc.compile.invert import Constant, Inverted, Piece, invert
 from ckptc.compile.match import SHOWN, problems
@@ -28,7 +29,7 @@ from ckptc.compile.units import schedule
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.saved import Original, Saved, SavedArray
-from ckptc.ir.source import SourceFile, stated_dtype
+from ckptc.ir.source import Checkpoint, SourceFile, stated_dtype
 from ckptc.ops.types import is_float
 from ckptc.plan import model as plan
 from ckptc.plan.files import lay_out
@@ -38,12 +39,21 @@ from ckptc.spec.mapping import Family, Model
 from ckptc.spec.target import target_tree
 
 EIGHT_BITS = "float8"
+RANDOM = "random weights: "  # begins a note that is a warning
 
 
 def compile_export(
-    mapping: Family, model: Model, options: ExportOptions, saved: Saved, original: Original | None = None
+    mapping: Family,
+    model: Model,
+    options: ExportOptions,
+    saved: Saved,
+    original: Original | None = None,
+    fill: Checkpoint | None = None,
 ) -> plan.Plan:
-    """The plan. Raises InputError with everything that is wrong, found before an array is read."""
+    """The plan. `fill`: a checkpoint whose tensors are copied where the target has no place for them.
+
+    Raises InputError with everything that is wrong, found before an array is read.
+    """
     _require_parameters(saved)
     config = original.config if original and original.config else model.config
     original, decoded = plain(original)
@@ -51,7 +61,7 @@ def compile_export(
     wrong = problems(found.graph, found.matched, options.multimodal if mapping.multimodal else None)
     if wrong:
         raise InputError(dict.fromkeys(wrong))
-    return _Export(mapping, model, options, saved, original, config, found, decoded).records()
+    return _Export(mapping, model, options, saved, original, config, found, decoded, fill).records()
 
 
 def _require_parameters(saved: Saved) -> None:
@@ -79,6 +89,7 @@ class _Export:
         config: Mapping[str, Any],
         read: Reading,
         decoded: list[tuple[str, int]],
+        fill: Checkpoint | None,
     ) -> None:
         self.mapping, self.model, self.options = mapping, model, options
         self.saved, self.original, self.config, self.read = saved, original, config, read
@@ -88,7 +99,7 @@ class _Export:
         self.alike = [Stored(a.dtype, a.shape, chunk=a.chunk) for a in self.stored]
         self.cut: dict[str, tuple[int, int]] = {}
         self.problems: list[Diagnostic] = []
-        self.decoded = decoded
+        self.decoded, self.fill = decoded, fill
         self.codes: set[str] = set()  # tensors of codes, and their scales, that the checkpoint itself holds
         self.kinds: dict[Kind, int] = {}
         self.known: dict[object, tuple[int, tuple[tuple[int, int, int], ...]]] = {}  # kind and places, by pieces
@@ -106,15 +117,17 @@ class _Export:
             twins += [self._exported(tensor, [piece], dtype, self._shape(tensor)) for piece in tensor.twins]
         if self.problems:
             raise InputError(dict.fromkeys(self.problems))
+        copied, copied_rows = self._copied(tensors)
         kinds = tuple(self.kinds)
-        ordered, files = lay_out(exported, kinds, self.options.max_shard)
-        done = schedule(kinds, ordered, self.options.memory)
+        ordered, files = lay_out(exported + copied, kinds, self.options.max_shard)
+        done = schedule_both(kinds, ordered, self.options.memory)
         compared = [schedule(kinds, [twin], self.options.memory) for twin in twins]  # a run compares one at a time
         made = tuple(dict.fromkeys((*done.kinds, *(kind for c in compared for kind in c.kinds))))
         padding = tuple(self._padding(c) for c in constants)
-        rows = tuple(plan.Tensor(a.name, -1, 0, a.nbytes) for a in self.stored)
+        rows = (*(plan.Tensor(a.name, -1, 0, a.nbytes) for a in self.stored), *copied_rows)
         counts = Counter(made[t.kind] for t in done.tensors)
         config, notes = self._config(counts, bool(twins))
+        notes += self._filling(sum(is_copy(made[t.kind]) for t in done.tensors))
         return plan.Plan(
             made=plan.Made(
                 ckptc=ckptc.__version__,
@@ -132,7 +145,7 @@ class _Export:
                 write_bytes=sum(k.nbytes * n for k, n in counts.items()),
                 peak_memory_bytes=max(done.peak, *(c.peak for c in compared), 0),
             ),
-            sources=(self._source(),),
+            sources=(self._source(), *((source_of(self.fill),) if self.fill and copied else ())),
             layout=plan.Safetensors(
                 files=files,
                 config=config,
@@ -147,6 +160,18 @@ class _Export:
             twins=tuple(replace(t, kind=made.index(c.kinds[t.kind])) for c in compared for t in c.tensors),
             notes=tuple(notes),
         )
+
+    def _copied(self, made: Mapping[str, Inverted]) -> tuple[list[Output], list[plan.Tensor]]:
+        """What is copied from the original."""
+        if self.fill is None:
+            return [], []
+        logical = self.original.dtypes if self.decoded and self.original else None
+        tied = bool(
+            self.config.get(
+                "tie_word_embeddings", (self.config.get("text_config") or {}).get("tie_word_embeddings", False)
+            )
+        )
+        return copies(left_in(self.fill, made, tied, logical), len(self.stored), self.kinds)
 
     def _source(self) -> plan.Source:
         digest = sha256(
@@ -279,6 +304,18 @@ class _Export:
             out.append(plan.LeftOut(_shown(passed), reason, len(passed), sum(a.nbytes for a in passed)))
         out += [plan.LeftOut(i.shown, i.reason, 0, 0) for i in self.read.graph.ignored]
         return tuple(out)
+
+    def _filling(self, copied: int) -> list[str]:
+        """What is said of tensors that are copied, or that nothing makes."""
+        if copied:
+            return [f"{copied} tensors that the target has no place for are copied from the original"]
+        named = towers_left_out(self.config)
+        if named is None or self.options.multimodal or self.fill is not None:
+            return []
+        return [
+            f"{RANDOM}{named} has towers, which are not written: whoever loads it gets random weights for them; "
+            "`--fill-from DIR`, with the original, copies them"
+        ]
 
     def _config(self, counts: Mapping[Kind, int], twins: bool) -> tuple[dict[str, Any], list[str]]:
         notes = []

@@ -29,7 +29,7 @@ from ckptc.run.leftovers import trained_rows, twin_differs
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
 from ckptc.run.pool import Shared, run_workers
 from ckptc.run.preflight import check_room
-from ckptc.run.readers import Place, Readers
+from ckptc.run.readers import Place, Readers, files_of
 from ckptc.run.work import Progress, worker_bytes
 from ckptc.run.worker import Values, Worker
 from ckptc.storage.checkpoint.companions import KEPT, identify
@@ -44,6 +44,7 @@ from ckptc.storage.checkpoint.safetensors_writer import CheckpointWriter, FileSp
 from ckptc.storage.checkpoint.steps import find_step, require_directory
 from ckptc.storage.checkpoint.sums import Summed, Sums
 from ckptc.storage.forked_call import can_fork, forked_call
+from ckptc.storage.source.base import Source, opened
 from ckptc.storage.source.content import Status, changed_since, first_of
 from ckptc.storage.source.directory import Directory
 from ckptc.storage.source.remembered import located
@@ -74,12 +75,13 @@ def export(
     jobs: int = 1,
     plain: PlainIndex | None = None,
     restart: bool = False,
+    fill: str | Path | None = None,
 ) -> ExportReport:
     """Executes exactly the plan, into `output`; goes on with an unfinished run of the same plan, unless `restart`.
 
     `companions`: the directory with the files to copy, if there are any. `jobs`: worker processes at most, as far as the
     plan's memory goes; with one, all is done in this process. `plain`: what `list_plain` says of the checkpoint, if it has
-    been asked already.
+    been asked already. `fill`: where the plan's second source is, if it has one (default: where it was last seen).
 
     Raises InputError: `unknown-source`, `source-changed`, `checksum-differs`, `worker-died`, `out-of-memory`, what `find_step` and
     `CheckpointWriter` raise, what reading raises, and `disk-full` or `unwritable-output` when the system refuses to
@@ -95,16 +97,23 @@ def export(
     if plain is None:
         plain = PlainIndex.of(forked_call(lambda: list_plain(items).record()))
     copies = _companions(layout, companions, items)
-    _refuse_to_overwrite(output, items, [*({companions} if companions else ()), *(p.parent for p in copies.values())])
+    filling = _filling(plan, fill)
+    _refuse_to_overwrite(
+        output,
+        items,
+        [*({companions} if companions else ()), *(p.parent for p in copies.values()), *_directories(filling)],
+    )
     specs = [FileSpec(f.name, f.size, begin) for f, begin in zip(layout.files, headers(plan, layout), strict=True)]
     try:
         with CheckpointWriter(output, specs, force=force, plan=digest(plan), source=before, restart=restart) as writer:
             check_room(output, sum(f.size for f in specs) if not writer.done else 0)
             writer.create()
             sums = Sums(noted_sums(items), _read_arrays(plan))
-            work = _Work(plan, Place(Directory(items), plain, sums), output, writer, jobs)
+            work = _Work(plan, [Place(Directory(items), plain, sums), *filling], output, writer, jobs)
             work.make_tensors(on_progress)
             work.look_at_the_rest()
+            for other, place in zip(plan.sources[1:], filling, strict=True):
+                place.source.check_unchanged(files_of(other))
             try:
                 _check_undisturbed(items, files, before)  # before what differs is called damage
                 work.compare(sums)
@@ -126,9 +135,33 @@ def _read_arrays(plan: Plan) -> Iterator[Summed]:
     """The arrays that an export reads."""
     for output in (*plan.outputs, *plan.twins):
         for number, stored in zip(output.tensors, plan.kinds[output.kind].sources, strict=True):
+            if plan.tensors[number].source:  # copied from files, which have no checksums
+                continue
             yield Summed(plan.tensors[number].name, stored.shape, stored.dtype, stored.chunk or stored.shape)
     for p in plan.padding:
         yield Summed(plan.tensors[p.tensor].name, p.array.shape, p.array.dtype, p.array.chunk or p.array.shape)
+
+
+def _filling(plan: Plan, given: str | Path | None) -> list[Place]:
+    """Where tensors are copied from, if any are. Raises `unknown-source`, `source-changed`."""
+    out = []
+    for source in plan.sources[1:]:
+        found: Source
+        if given is not None:
+            found = opened(given)
+        elif source.name:
+            found = opened(source.name)
+        else:
+            found = Directory(
+                located(source.digest or "", "the checkpoint that tensors are copied from lies", "--fill-from")
+            )
+        found.check_unchanged(files_of(source))
+        out.append(Place(found))
+    return out
+
+
+def _directories(found: Sequence[Place]) -> list[Path]:
+    return [place.source.local for place in found if place.source.local is not None]
 
 
 def _check_undisturbed(items: Path, files: list[SourceFile], before: dict[str, Status]) -> None:
@@ -148,12 +181,12 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
-        place: Place,
+        where: Sequence[Place],
         output: Path,
         writer: CheckpointWriter,
         jobs: int,
     ) -> None:
-        self.plan, self.place, self.output, self.writer = plan, place, output, writer
+        self.plan, self.where, self.output, self.writer = plan, where, output, writer
         fitting = plan.choices.memory // max(1, worker_bytes(plan.totals.peak_memory_bytes))
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
         self.read = self.again = 0
@@ -252,7 +285,7 @@ class _Work:
             return_large_blocks()
             try:
                 with (
-                    Readers.of(self.plan, [self.place]) as readers,
+                    Readers.of(self.plan, self.where) as readers,
                     _Boxes(self.writer, self.plan, self._places) as boxes,
                 ):
                     work(k, Worker(self.plan, readers, boxes.put, boxes.settle), boxes, shared, tick)
