@@ -3,6 +3,10 @@
     python tools/forward.py WORKDIR [CASE ...] --transformers-python PYTHON --maxtext-python PYTHON
                             [--layout scan] [--loader pretrained] [--json FILE]
 
+`ckptc prove` does this for users, says where the models part, and records what passed. This remains for the cases that it
+does not have yet: latent and compressed attention, hybrid stacks, and text models inside multimodal ones
+(`forward_cases_latent.py`, `forward_cases_wrapped.py`), and those that state a deviation of MaxText's.
+
 This trusts no mapping. For each case of `forward_cases*.py` it
 
  1. makes a tiny random checkpoint with the Hub's class and `save_pretrained`, and the logits of the class, in the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -137,8 +138,10 @@ def _directory(given: str | None) -> Iterator[Path]:
             old.unlink()
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="ckptc-prove-") as directory:
-        yield Path(directory)
+    # Errors name files in it, so it stays where there is one.
+    directory = Path(tempfile.mkdtemp(prefix="ckptc-prove-"))
+    yield directory
+    shutil.rmtree(directory)
 
 
 def as_record(outcome: Outcome, kept: Path | None) -> dict[str, Any]:

@@ -23,9 +23,9 @@ SOLID = ("embedding", "attention output", "mlp output")  # the hidden states tha
 WORDS = {
     "embedding": ("after the embedding", ("embed",)),
     "attention input": ("before the attention: after its norm, or the layer before", ("pre_self_attention", "norm")),
-    "query length": ("attention, after the query projection", ("query", "/q", "wq")),
-    "key length": ("attention, after the key projection", ("key", "/k", "wkv")),
-    "value": ("attention, after the value projection", ("value", "/v", "wkv")),
+    "query length": ("attention, after the query projection", ("query", "wq")),
+    "key length": ("attention, after the key projection", ("key", "wkv")),
+    "value": ("attention, after the value projection", ("value", "wkv")),
     "query": ("attention, after the rotary embedding of the query", ("query", "wq")),
     "key": ("attention, after the rotary embedding of the key", ("key", "wkv")),
     "scores": ("attention, after query and key are multiplied", ("query", "key")),

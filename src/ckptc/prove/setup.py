@@ -65,7 +65,9 @@ def interpreter(least: tuple[int, int]) -> str:
     if sys.version_info[:2] >= least:
         return sys.executable
     for minor in range(least[1], least[1] + 3):
-        if found := shutil.which(f"python3.{minor}"):
+        found = shutil.which(f"python3.{minor}")
+        # A program of that name may be a shim that has no such version.
+        if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
             return found
     version = ".".join(map(str, least))
     raise fail(
