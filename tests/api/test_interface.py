@@ -19,6 +19,7 @@ MAPPING = """\
 family: tiny
 title: Two matrices
 target: maxtext
+extra: true
 dims:
   layers: config.num_hidden_layers
   embed: config.hidden_size

@@ -71,7 +71,7 @@ def test_a_plan_has_them() -> None:
 
 def test_a_rule_of_the_mapping_that_names_axes_wins(tmp_path: Path) -> None:
     text = (
-        "family: f\ntarget: maxtext\ndims: { vocab: 8, embed: 4 }\nmodels: { m: { repo: r } }\ntensors:\n"
+        "family: f\ntarget: maxtext\nextra: true\ndims: { vocab: 8, embed: 4 }\nmodels: { m: { repo: r } }\ntensors:\n"
         "  token_embedder/embedding: { from: a, as: vocab embed, axes: _ mine }\n"
         "  decoder/logits_dense/kernel: { from: b, as: embed vocab }\n"
     )

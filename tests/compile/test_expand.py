@@ -42,6 +42,7 @@ Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # tensors by name: dtype an
 HEAD = """\
 family: f
 target: maxtext
+extra: true
 dims: { layers: 4, experts: 3, embed: 2, mlp: 5, heads: 2, head_dim: 3, factor: 0.5 }
 models: { m: { repo: r/m } }
 """

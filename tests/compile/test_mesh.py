@@ -148,7 +148,7 @@ def test_the_source_is_read_once_for_a_mesh_too() -> None:
 def test_an_awkward_share_is_cut_into_whole_chunks(tmp_path: Path) -> None:
     """Shares of 11 · 173 rows, of which 600 would fit: eleven chunks, and not four of which the last is smaller."""
     (tmp_path / "m.yaml").write_text(
-        "family: f\ntarget: maxtext\ndims: { vocab: 4 * 1903, embed: 4096 }\nmodels: { m: { repo: r } }\n"
+        "family: f\ntarget: maxtext\nextra: true\ndims: { vocab: 4 * 1903, embed: 4096 }\nmodels: { m: { repo: r } }\n"
         "tensors: { token_embedder/embedding: { from: a, as: vocab embed } }\n",
         "utf-8",
     )

@@ -51,7 +51,7 @@ def test_the_report_says_what_it_takes_on_the_disk(tmp_path: Path, capsys: Any) 
     (tmp_path / "hf").mkdir()
     save_file({"e": np.zeros((1 << 12, 64), "float32")}, tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "config.json").write_text("{}")
-    mapping = "family: f\ntarget: maxtext\ndims: { vocab: 4096, embed: 64 }\nmodels: { m: { repo: r } }\n"
+    mapping = "family: f\ntarget: maxtext\nextra: true\ndims: { vocab: 4096, embed: 64 }\nmodels: { m: { repo: r } }\n"
     mapping += "tensors: { token_embedder/embedding: { from: e, as: vocab embed } }\n"
     (tmp_path / "m.yaml").write_text(mapping)
     given = ["--mapping", str(tmp_path / "m.yaml"), "--model", "m", "--source", str(tmp_path / "hf"), "--jobs", "1"]

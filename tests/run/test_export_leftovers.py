@@ -28,6 +28,7 @@ HEADS, HEAD, WIDE, EMBED, VOCAB = 3, 2, 4, 5, 7
 MAPPING = """
 family: leftover
 target: maxtext
+extra: true
 dims:
   heads: config.num_attention_heads
   head_dim: config.head_dim

@@ -257,7 +257,7 @@ def test_a_summary_says_what_is_decoded_and_what_is_left(tmp_path: Path, capsys:
     save_file({k: np.ascontiguousarray(v) for k, v in stored.items()}, tmp_path / "model.safetensors")
     mapping = tmp_path / "m.yaml"
     mapping.write_text(
-        "family: f\ntarget: maxtext\ndims: { embed: config.hidden_size }\nmodels: { m: { repo: r/m } }\n"
+        "family: f\ntarget: maxtext\nextra: true\ndims: { embed: config.hidden_size }\nmodels: { m: { repo: r/m } }\n"
         f"tensors: {{ a: {{ from: {name}.weight, as: embed embed2 }} }}\n".replace("embed2 }", "out }").replace(
             "{ embed:", "{ out: config.hidden_size, embed:"
         )

@@ -25,6 +25,7 @@ from ckptc.storage.source.ranges import RangeReader
 MAPPING = """
 family: tiny
 target: maxtext
+extra: true
 dims: { rows: 1600, columns: 1001 }
 models: { tiny: { repo: none/tiny } }
 tensors:

@@ -334,6 +334,7 @@ def test_buffers_are_made_once() -> None:
 MAPPING = """
 family: tiny
 target: maxtext
+extra: true
 dims:
   { layers: 3, experts: 2, embed: 80, mlp: 24, heads: 4, head_dim: 6, vocab: 20, padded_vocab: 23,
     hidden: 96, wi: 2 }

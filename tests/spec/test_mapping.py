@@ -10,7 +10,7 @@ from ckptc.diagnostics import Diagnostic, InputError, Span
 from ckptc.spec import mapping as spec
 from ckptc.spec.mapping import Family, find_model, load_mapping, shipped
 
-HEAD = "family: f\ntarget: maxtext\ndims: { a: 1 }\n"
+HEAD = "family: f\ntarget: maxtext\nextra: true\ndims: { a: 1 }\n"
 MODELS = "models: { m: { repo: r/m } }\n"
 
 

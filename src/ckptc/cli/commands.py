@@ -13,6 +13,8 @@ from ckptc import api
 from ckptc.cli import export, processes, render
 from ckptc.cli.progress import show_progress
 from ckptc.cli.unused import refuse_unused
+from ckptc.compile.compiler import compile_unproved
+from ckptc.compile.options import Options
 from ckptc.diagnostics import fail
 from ckptc.plan import json as plan_json
 from ckptc.plan.division import balance
@@ -20,6 +22,7 @@ from ckptc.plan.model import Orbax, Plan, Safetensors
 from ckptc.plan.on_disk import read_plan, write_plan
 from ckptc.spec.halves.expanded import expanded
 from ckptc.spec.mapping import TARGET, Family, find_model, load_mapping, shipped
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from ckptc.storage.source.base import Source, opened
 from ckptc.storage.source.hub import Repository
 from ckptc.storage.source.hub_client import SCHEME
@@ -56,6 +59,9 @@ def _expanded(args: argparse.Namespace) -> None:
 
 def compile_(args: argparse.Namespace) -> None:
     refuse_unused(args, "export" if args.export else "import")
+    if args.unproved:
+        _unproved(args)
+        return
     plan = _compile_export(args) if args.export else _compile(args, opened(args.source) if args.source else None)
     if args.num_processes and isinstance(plan.layout, Safetensors):
         raise fail("not-divided", "an export is the work of one process")
@@ -116,6 +122,24 @@ def convert(args: argparse.Namespace) -> None:
 
 def _mappings(file: str | None) -> tuple[Family, ...] | None:
     return (load_mapping(Path(file)),) if file else None
+
+
+def _unproved(args: argparse.Namespace) -> None:
+    """Prints what a compile takes on trust."""
+    if args.export or args.dump_plan or args.plan_file:
+        raise fail(
+            "unused-option", "--unproved prints a list and makes no plan", help="give it with --model and --source"
+        )
+    mapping, model = find_model(args.model, _mappings(args.mapping))
+    checkpoint = open_checkpoint(opened(args.source)) if args.source else None
+    layout = "unscanned" if args.scan is False else "scanned"
+    options = Options(layout, args.dtype or "bfloat16", args.multimodal, dict(args.set))
+    found = compile_unproved(mapping, model, options, checkpoint)
+    if args.json:
+        print(json.dumps([asdict(u) for u in found], indent=1))
+        return
+    rows = [(u.rule, str(u.arrays), u.tensor, u.reason) for u in found]
+    print(render.table([("RULE", "ARRAYS", "TENSOR", "NOT PROVED"), *rows]) if rows else "nothing is taken on trust")
 
 
 def _compile(args: argparse.Namespace, source: Source | None) -> Plan:

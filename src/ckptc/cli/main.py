@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import ckptc
-from ckptc.cli import arguments, diff, explain, export, formats, plan, prove, system
+from ckptc.cli import arguments, diff, explain, export, formats, plan, prove, system, targets
 from ckptc.diagnostics import InputError, fail
 
 WHERE = "CKPTC_TRACEBACK=1 shows where"
@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument("--dump-plan", action="store_true", help="print the plan as JSON on stdout, and nothing else")
     shown.add_argument("--json", action="store_true", help="print the summary as JSON")
     compile_.add_argument(
+        "--unproved",
+        action="store_true",
+        help="list instead what neither headers nor the target can prove: parts of one size, square matrices, tensors of "
+        "one shape; running the model shows whether they are right",
+    )
+    compile_.add_argument(
         "--num-processes",
         type=arguments.positive,
         metavar="N",
@@ -144,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print what was verified as JSON")
     verify.add_argument("--quiet", action="store_true", help="show no progress")
     prove.add_prove(commands)
+    targets.add_targets(commands)
     explain.add_explain(commands)
     plan.add_plan(commands)
     for command in commands.choices.values():
@@ -230,6 +237,7 @@ def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:
         "diff": diff.diff,
         "verify": verify.verify,
         "prove": prove.prove,
+        "targets": targets.targets,
         "explain": explain.explain,
         "plan": plan.plan,
     }[command]

@@ -13,6 +13,7 @@ from typing import Any
 
 from ckptc.compile.assemble import assemble
 from ckptc.compile.check import check, missing
+from ckptc.compile.contract import contract_problems, guarded
 from ckptc.compile.coverage import coverage, unique_targets
 from ckptc.compile.dims import evaluate_dims
 from ckptc.compile.expand import expand
@@ -20,6 +21,7 @@ from ckptc.compile.fold import Folded, fold
 from ckptc.compile.options import Options
 from ckptc.compile.quantised import Quantised, find
 from ckptc.compile.scope import Scope
+from ckptc.compile.unproved import Unproved, unproved
 from ckptc.diagnostics import Diagnostic, InputError, fail
 from ckptc.ir.graph import Graph
 from ckptc.ir.source import Checkpoint, SourceTensor, stated_dtype
@@ -72,7 +74,24 @@ def _without_config(model: Model) -> Diagnostic:
     )
 
 
+def compile_unproved(
+    mapping: Family, model: Model, options: Options, checkpoint: Checkpoint | None = None
+) -> list[Unproved]:
+    """What the checks take on trust. Raises InputError as `compile_plan` does."""
+    return unproved(_checked(mapping, model, options, checkpoint)[2].graph)
+
+
 def _compile(mapping: Family, model: Model, options: Options, checkpoint: Checkpoint | None) -> Plan:
+    dims, naming, compiled = _checked(mapping, model, options, checkpoint)
+    return assemble(
+        mapping, model, options, dims, naming, compiled.graph, compiled.folded, checkpoint, compiled.quantised
+    )
+
+
+def _checked(
+    mapping: Family, model: Model, options: Options, checkpoint: Checkpoint | None
+) -> tuple[Mapping[str, Any], str, Compiled]:
+    """The dims, the naming, and the graph after every check."""
     config = checkpoint.config if checkpoint and checkpoint.config else model.config
     dims = evaluate_dims(mapping, model, config, options.set)
     names = {**dims, "config": config, "multimodal": options.multimodal, "dtype": options.dtype}
@@ -83,9 +102,13 @@ def _compile(mapping: Family, model: Model, options: Options, checkpoint: Checkp
     naming, graph = expand_namings(mapping, options, dims, names, dtypes, quantised)
     compiled = Compiled(graph, fold(graph), tensors, quantised)
     problems = [d for step in CHECKS for d in step(compiled)]
+    if not problems:
+        problems += contract_problems(mapping, options, dims, graph)
+    if not problems:
+        problems += guarded(mapping, model, options, dims, graph)
     if problems:
         raise InputError(dict.fromkeys(problems))
-    return assemble(mapping, model, options, dims, naming, compiled.graph, compiled.folded, checkpoint, quantised)
+    return dims, naming, compiled
 
 
 def decoded(options: Options, config: Mapping[str, Any], checkpoint: Checkpoint | None) -> Quantised:

@@ -203,5 +203,15 @@ def _expand_rule(work: Expansion, rule: Rule, here: Here) -> None:
             axes = restacked_axes(work, here, chain, node, path)
         label = f"{here.block}: {rule.target}" if here.block else rule.target
         work.targets.append(
-            Target(path, node, label, scope.document.key_span(rule.where), axes, rule.partial, tuple(chain.steps))
+            Target(
+                path,
+                node,
+                label,
+                scope.document.key_span(rule.where),
+                axes,
+                rule.partial,
+                chain.positions,
+                rule.extra,
+                tuple(chain.steps),
+            )
         )

@@ -78,6 +78,8 @@ class Target:
     span: Span  # of the rule
     axes: tuple[str | None, ...] = ()  # logical axis names, one per axis
     partial: str | None = None  # why part of a source tensor is not converted
+    layers: tuple[int, ...] = ()  # positions of the axes of stacked layers
+    extra: bool = False  # whether the target itself need not have it
     steps: tuple[str, ...] = ()  # what is done, in the mapping's words with numbers, for people
 
     @property

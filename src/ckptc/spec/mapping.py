@@ -18,6 +18,7 @@ Value = str | int | float | bool
 LoopOver = Value | list[Value] | dict[str, Value]
 LAYOUTS = ("scanned", "unscanned")
 TARGET = "maxtext"
+TARGETS = ("maxtext",)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Rule:
     collection: str
     axes: str | None
     axis: int | None  # of the layers, where it is not the layout's
+    extra: bool  # whether the target itself need not have the array
     partial: str | None  # why part of the source is not converted
     where: Path_
 
@@ -143,6 +145,7 @@ class Family:
     family: str
     title: str
     target: str
+    block: str | None  # of the target, that explicit rules fill
     dims: Mapping[str, Value]
     models: Mapping[str, Model]
     multimodal: bool
@@ -209,6 +212,7 @@ def _mapping(document: Document) -> Family:
         family=data["family"],
         title=data.get("title", ""),
         target=data["target"],
+        block=data.get("block"),
         dims=data["dims"],
         models=_models(document),
         multimodal=data.get("multimodal", False),
@@ -288,7 +292,7 @@ def _rule(target: str, rule: dict[str, Any], where: Path_) -> Rule:
         origins = (Origin(source, rule.get("as"), (), where),)
     return Rule(
         target, origins, ops, rule.get("fill"), rule.get("dtype"), rule.get("for", {}), rule.get("stack", {}), rule.get("when"),
-        rule.get("collection", "params"), rule.get("axes"), rule.get("axis"), rule.get("partial"), where,
+        rule.get("collection", "params"), rule.get("axes"), rule.get("axis"), rule.get("extra", False), rule.get("partial"), where,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -56,7 +56,7 @@ def _users(document: Document) -> list[str]:
     return [Path(s.file).stem for s in spans if "/parts/" in s.file or "/targets/" in s.file]
 
 
-def find_part(name: str, kind: str, folder: Path | None, below: tuple[str, ...], span: Span) -> Document:
+def find_part(name: str, kind: str, folder: Path | None, below: tuple[str, ...], span: Span | None) -> Document:
     """A part or block by name: beside the family's file, or shipped. `below`: its folders under `mappings`."""
     if folder is not None and (own := folder.joinpath(*below, f"{name}.yaml")).is_file():
         return _load(own, "/".join((*below, f"{name}.yaml")), kind)
@@ -115,21 +115,12 @@ class _Lowering:
         written = self._written(files)
         for d in files:
             if key in d.data:
-                half.add(d, _mapped(d.data[key], written), (key,))
+                half.add(d, mapped(d.data[key], written), (key,))
         half.finish()
         return half
 
     def _written(self, files: list[Document]) -> Callable[[str], str]:
-        """Writes out the names that stand for text, but for those that a naming of the source gives."""
-        open_ = {n for d in self.parts for values in d.data.get("sources", {}).values() for n in values}
-        names: dict[str, str] = {}
-        for d in files:
-            names |= d.data.get("names", {})
-        names = {n: v for n, v in names.items() if n not in open_}
-        if not names:
-            return lambda text: text
-        pattern = re.compile(r"\{\{\s*(" + "|".join(map(re.escape, names)) + r")\s*\}\}")
-        return lambda text: pattern.sub(lambda m: names[m.group(1)], text)
+        return written(files, {n for d in self.parts for values in d.data.get("sources", {}).values() for n in values})
 
     def document(self) -> Document:
         data = self.out.data
@@ -138,7 +129,9 @@ class _Lowering:
         for word in ("family", "title"):
             if word in self.family.data:
                 self._copy(self.family, (word,), (word,))
-        data["target"] = self.target
+        data["target"], data["block"] = self.target, self.runs["block"]
+        if stored := self._stored():
+            data["stored"] = stored
         self._dims(derivation.pieces.dims)
         for word in ("config", "models", "multimodal", "sources"):
             for d in self.parts:
@@ -154,13 +147,29 @@ class _Lowering:
         self.out.text = json.dumps(data, ensure_ascii=False)
         return self.out
 
+    def _stored(self) -> dict[str, Any]:
+        """What the checkpoint holds, by conventions, as explicit rules say it."""
+        out: dict[str, Any] = {}
+        held = [self.hub.vocabulary.tensors[n] for h in self.tree.holdings() for n in h.names]
+        for word in ("rotary", "norm", "times"):
+            names: dict[str, list[str]] = {}
+            for tensor in held:
+                if (said := self.hub.convention(word, tensor)) is not None:
+                    names.setdefault(str(said.value), []).append(tensor.name)
+            names = {value: list(dict.fromkeys(of)) for value, of in names.items()}
+            if len(names) == 1 and word != "times":
+                out[word] = next(iter(names))
+            elif names and list(names) != ["1"]:
+                out[word] = names
+        return out
+
     # Copies of what the files say
 
     def _copy(self, document: Document, where: Path_, to: Path_) -> None:
         value: Any = document.data
         for step in where:
             value = value[step]
-        value = _mapped(value, self.written)
+        value = mapped(value, self.written)
         parent: Any = self.out.data
         for step in to[:-1]:
             parent = parent.setdefault(step, {}) if isinstance(parent, dict) else parent[step]
@@ -331,11 +340,23 @@ class _Lowering:
         self.out.data["dims"] = {n: v for n, v in dims.items() if n in needed or n in own}
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+def written(files: list[Document], open_: Iterable[str] = ()) -> Callable[[str], str]:
+    """Writes out the names that stand for text, but for those that a naming of the source gives (`open_`)."""
+    names: dict[str, str] = {}
+    for d in files:
+        names |= d.data.get("names", {})
+    names = {n: v for n, v in names.items() if n not in open_}
+    if not names:
+        return lambda text: text
+    pattern = re.compile(r"\{\{\s*(" + "|".join(map(re.escape, names)) + r")\s*\}\}")
+    return lambda text: pattern.sub(lambda m: names[m.group(1)], text)
+
+
+def mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {change(k): _mapped(v, change) for k, v in value.items()}
+        return {change(k): mapped(v, change) for k, v in value.items()}
     if isinstance(value, list):
-        return [_mapped(v, change) for v in value]
+        return [mapped(v, change) for v in value]
     return change(value) if isinstance(value, str) else value
 
 
