@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         convert,
         diff,
         export,
+        load,
         run,
         verify,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "convert",
     "diff",
     "export",
+    "load",
     "run",
     "verify",
 ]

@@ -13,6 +13,7 @@ appear complete or not at all.
 
 from __future__ import annotations
 
+from ckptc.api.arrays import LoadReport, load
 from ckptc.api.compilation import ExportCompilation, find
 from ckptc.api.functions import against_source, compile, compile_export, convert, diff, export, run, verify
 from ckptc.diagnostics import Diagnostic, InputError
@@ -22,6 +23,7 @@ __all__ = [
     "Diagnostic",
     "ExportCompilation",
     "InputError",
+    "LoadReport",
     "Plan",
     "against_source",
     "compile",
@@ -30,6 +32,7 @@ __all__ = [
     "diff",
     "export",
     "find",
+    "load",
     "run",
     "verify",
 ]

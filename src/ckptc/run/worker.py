@@ -123,6 +123,19 @@ class Worker:
             inside = tuple((a - low, b - low) for (a, b), (low, _) in zip(piece, box, strict=True))
             yield piece, self._make_piece(kind, local, inside)
 
+    def fill(self, number: int, box: Box, targets: Sequence[tuple[Box, Box, Values]]) -> None:
+        """Makes boxes of one output, each within `box`, which is read once, where they stand in arrays of the caller's:
+        (the box to make, the box that its array holds, the array, row-major)."""
+        array = self.plan.arrays[number]
+        kind, local = self.plan.kinds[self.plan.outputs[number].kind], self._load_arrays([array], box, 0)[0]
+        for made, whole, values in targets:
+            inside = tuple((a - low, b - low) for (a, b), (low, _) in zip(made, box, strict=True))
+            corner = tuple(a - low for (a, _), (low, _) in zip(made, whole, strict=True))
+            flat = values.reshape(-1)
+            for x in local:
+                for part in restrict_part(x.part, inside):
+                    self._copy(x, part, kind, target_loops(part, values.shape, corner=corner), flat)
+
     def _pieces_of(self, outputs: Sequence[int], box: Box, loaded: Loaded) -> Iterator[tuple[int, Box, Values]]:
         kind = self.plan.outputs[outputs[0]].kind
         for piece in boxes(box, self.plan.kinds[kind].chunk):
@@ -247,11 +260,11 @@ class Worker:
         self._pieces[turn] = grown(self._pieces[turn], size)
         flat = self._pieces[turn][:size].view(numpy_dtype(kind.dtype))
         for x, part in found:
-            self._copy(x, part, kind, shape, order, flat)
+            self._copy(x, part, kind, target_loops(part, shape, order), flat)
         return in_order(flat, shape, order)
 
-    def _copy(self, x: Local, part: Part, kind: Kind, shape: tuple[int, ...], order: Order, flat: Values) -> None:
-        loops, at = target_loops(part, shape, order)
+    def _copy(self, x: Local, part: Part, kind: Kind, target: tuple[list[Loop], int], flat: Values) -> None:
+        loops, at = target
         if x.data is None:
             value = constant(part, kind.dtype)
             # As plain unsigned integers: numpy makes no strided views of some of ml_dtypes' types.
@@ -304,14 +317,16 @@ def packed(part: Part, read: Read) -> Part:
     return replace(part, base=0, first=0, axes=axes)
 
 
-def target_loops(part: Part, shape: tuple[int, ...], order: Order = None) -> tuple[list[Loop], int]:
+def target_loops(
+    part: Part, shape: tuple[int, ...], order: Order = None, corner: Sequence[int] | None = None
+) -> tuple[list[Loop], int]:
     """The loops of a part over an array of `shape` whose axes lie in this order, slowest first, or in their own; and the
-    first element's place."""
+    first element's place. `corner`: where in that array the part's own box begins."""
     loops, at, stride = [], 0, prod(shape)
     for number in order or range(len(shape)):
         axis = part.axes[number]
         stride //= shape[number]
-        at += axis.start * stride
+        at += (axis.start + (corner[number] if corner else 0)) * stride
         loops += [Loop(f.size, f.step, f.weight * stride) for f in axis.factors]
     return loops, at
 
