@@ -320,7 +320,7 @@ def summary(plan: Plan, meaning: str = "") -> str:
         + (f", compressed: {stored.compression}" if stored.compression != "none" else ""),
         f"memory  {size(t.peak_memory_bytes)} for each worker, within a budget of {size(c.memory)}",
         *_mesh(plan),
-        *([f"proved  {meaning}"] if meaning else []),
+        *([f"proof   {meaning}"] if meaning else []),
     ]
     lines += [f"decodes {n} weight{'s' if n != 1 else ''} stored as {code}" for code, n in decoded(plan)]
     lines += _links(plan)
