@@ -18,6 +18,20 @@ import tensorstore as ts
 
 BUCKET = "bucket"
 
+# What is downloaded has its generation in a header, as from the real store.
+_GENERATIONS = """
+from gcp_storage_emulator.handlers import objects
+plain = objects.download
+def download(request, response, storage, *args, **kwargs):
+    try:
+        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = found["generation"]
+    except objects.NotFound:
+        pass
+    plain(request, response, storage, *args, **kwargs)
+objects.download = download
+"""
+
 
 @contextmanager
 def emulator() -> Iterator[None]:
@@ -27,8 +41,8 @@ def emulator() -> Iterator[None]:
         port = free.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", BUCKET]
     # It answers one request after the other; those that come meanwhile are to wait, not to be turned away.
-    script = "import http.server, sys; http.server.HTTPServer.request_queue_size = 512; "
-    script += "from gcp_storage_emulator.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    script = "import http.server, sys; http.server.HTTPServer.request_queue_size = 512\n"
+    script += _GENERATIONS + "from gcp_storage_emulator.__main__ import main; sys.exit(main(sys.argv[1:]))"
     argv = [sys.executable, "-c", script, "start", *options]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         url = f"http://127.0.0.1:{port}"

@@ -46,6 +46,7 @@ FAULTS = {
     "connection-lost", "linked-changed", "no-cache", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
     "process-failed", "processes-missing", "worker-died",
     # What a server on the network answers.
+    "bucket-library", "bucket-missing", "bucket-no-access", "bucket-no-credentials", "bucket-unreachable",
     "hub-bad-token", "hub-gated", "hub-no-commit", "hub-no-token", "hub-no-file", "hub-no-ranges", "hub-no-repository", "hub-no-revision",
     "hub-offline", "hub-refused", "hub-unreachable",
     "proof-not-converted",  # of a checkpoint that transformers makes

@@ -23,7 +23,14 @@ _UNITS = {
 }
 MEMORY_LEAST = 1 * MIB
 SCHEME = "hf://"
-ON_THE_HUB = ("compile", "explain", "run", "convert", "verify")  # commands whose source may lie there
+BUCKETS = "gs://"
+ELSEWHERE = (
+    "compile",
+    "explain",
+    "run",
+    "convert",
+    "verify",
+)  # commands whose source may lie on the Hub or in a bucket
 LARGEST = 10**18  # that a number may be, here and in mappings
 
 
@@ -37,9 +44,9 @@ def compilation(parser: argparse.ArgumentParser, source: str = "the numbers ship
     parser.add_argument("--model", required=True, metavar="NAME", help="a named model; `ckptc models` lists them")
     parser.add_argument(
         "--source",
-        metavar="DIR|hf://ORG/NAME[@REVISION]",
-        help="a checkpoint: config.json and safetensors files, in a directory or on the Hugging Face Hub, from which "
-        "weights are streamed. Its config decides the dims, its headers check every shape "
+        metavar="DIR|hf://ORG/NAME[@REVISION]|gs://BUCKET/PATH",
+        help="a checkpoint: config.json and safetensors files, in a directory, on the Hugging Face Hub or in a bucket of "
+        "Google Cloud Storage, from which weights are streamed. Its config decides the dims, its headers check every shape "
         f"(default: {source})",
     )
     parser.add_argument(
@@ -174,7 +181,7 @@ def refuse_urls(args: argparse.Namespace) -> None:
             continue
         if name == "fill_from" and value.startswith(SCHEME):
             continue
-        if name == "source" and value.startswith(SCHEME) and args.command in ON_THE_HUB:
+        if name == "source" and value.startswith((SCHEME, BUCKETS)) and args.command in ELSEWHERE:
             continue
         if args.command not in ("run", "convert") or name != "output":
             help = "give a local path; a --source may be hf://ORG/NAME, the --output of `run` and `convert` gs://BUCKET/PATH"

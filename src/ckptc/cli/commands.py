@@ -234,7 +234,7 @@ def _fill_cache(plan: Plan, args: argparse.Namespace, source: Source | None) -> 
 
     found = find_source(plan, source)
     if not isinstance(found, Repository):
-        help = "leave it out: the source is on this machine"
+        help = "leave it out"
         raise fail("unused-option", f"--cache is for a source on the Hub, and {found} is none", help=help)
 
     def say(name: str) -> None:

@@ -91,7 +91,9 @@ def check_sha256(sums: str, source: Source | Path, files: Sequence[SourceFile]) 
     """
     directory = as_source(source).local
     if directory is None:
-        help = "leave out --check-source: what comes from the Hub is bound to its commit"
+        help = (
+            "leave it out: what comes from the Hub is bound to its commit, what comes from a bucket to its generation"
+        )
         raise fail(
             "unused-option", f"--check-source hashes files of this machine, and {source} is elsewhere", help=help
         )

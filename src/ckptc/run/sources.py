@@ -63,6 +63,7 @@ class Sighting:
     def check_undisturbed(self) -> None:
         """Raises `source-changed` for files that are no longer what they were then."""
         if self.source.local is None:
+            self.source.check_unchanged(self.files)
             return
         now = statuses(self.source.local, self.statuses)
         if lines := changed_since(self.statuses, now):

@@ -2,7 +2,7 @@
 
 A source names its files, reads their beginnings and small files whole, says what tells its weights from others, and
 reads ranges of bytes into the caller's buffers. A directory of this machine is one (`directory`), a repository of the
-Hugging Face Hub another (`hub`); `opened` tells them apart by their names.
+Hugging Face Hub another (`hub`), a place in a bucket a third (`bucket`); `opened` tells them apart by their names.
 """
 
 from __future__ import annotations
@@ -85,10 +85,14 @@ class Source(Protocol):
 
 
 def opened(name: str | Path) -> Source:
-    """The source of this name: `hf://org/repo[@revision]`, or `org/repo` where no such directory is; else a directory."""
+    """The source of this name: `gs://bucket/path`, `hf://org/repo[@revision]`, or `org/repo` where no such directory is;
+    else a directory."""
+    from ckptc.storage.source.bucket import Bucket, is_bucket
     from ckptc.storage.source.directory import Directory
     from ckptc.storage.source.hub import Repository, is_repository
 
+    if is_bucket(name):
+        return Bucket(str(name))
     return Repository(str(name)) if is_repository(name) else Directory(Path(name))
 
 

@@ -46,6 +46,7 @@ TENSORS = 64  # samples in the middle of tensors
 HEADER_MOST = 1 << 20  # bytes of a header whose tensors are looked for: those of the largest shards have a tenth
 FILES = 4096  # of one directory that are sampled at most; of the others, names and sizes count
 SAMPLED = "sampled-sha256:"
+GENERATION = "generation:"  # of an object, as a bucket numbers them
 WHOLE = "sha256:"  # of all of a file, as the Hub lists it
 
 _OFFSETS = itemgetter("data_offsets")
@@ -149,6 +150,8 @@ def check_unchanged(directory: Path, files: Sequence[SourceFile]) -> None:
             notes += [f"expected: {file.size} bytes", f"found: {size} bytes"]
         if digest != file.header_digest:
             notes += [f"expected: header {file.header_digest}", f"found: header {digest}"]
+        if not notes and file.content.startswith(GENERATION):
+            notes = [f"expected: {file.content}, of an object in a bucket", "found: a file, which has none"]
         if not notes and file.content.startswith(SAMPLED):
             content = content_of(path, file.name)
             if content != file.content:
