@@ -82,7 +82,7 @@ main({argv!r})
         return next(
             int(pid)
             for pid in children.read_text().split()
-            if "coordination" in Path(f"/proc/{pid}/cmdline").read_text()
+            if "coordinator_process" in Path(f"/proc/{pid}/cmdline").read_text()
         )
 
 

@@ -337,7 +337,7 @@ def test_a_run_killed_while_it_tidies_up_has_its_output(plan: Plan, plan_file: P
 
 
 def test_units_that_are_noted_are_not_made_again(plan: Plan, plan_file: Path, local: Path, url: str) -> None:
-    patch = "made = worker.Worker._make\nworker.Worker._make = lambda s, k, n, b, x: die() if n == 9 else made(s, k, n, b, x)"
+    patch = "made = worker.Worker._make\nworker.Worker._make = lambda s, k, u, x: die() if k == 9 else made(s, k, u, x)"
     code, _, err = ended(there(plan_file, url, "--jobs", "2", patch=patch))
     assert code == 1 and "error[worker-died]" in err and "Traceback" not in err
     noted = noted_units(url)
