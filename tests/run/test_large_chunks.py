@@ -20,6 +20,7 @@ from ckptc.run import journal, runner, worker
 from ckptc.run.journal import UNFINISHED
 from ckptc.run.runner import Settings
 from ckptc.run.verify import check_sums
+from ckptc.storage.checkpoint.orbax_reader import open_saved
 from golden import compile_case, differences, expected_of, known_cases, source_tensors
 from restoring import restored, with_devices
 from roundtrip import broken_promises, export_plan, exported
@@ -69,6 +70,23 @@ def test_arrays_are_restored_and_verified_bit_for_bit(id_: str, memory: int, tmp
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("piece", [[3], [7, 7, 7], None])
+def test_what_is_read_at_once_is_a_piece_if_pieces_fit(piece: list[int] | None, tmp_path: Path) -> None:
+    plan = compile_case(CASES["llama3_1.scan"], memory=4096)
+    convert(plan, CASES["llama3_1.scan"].hf, tmp_path / "out")
+    wanted = {a.name: a.chunk for a in plan.arrays}
+    if piece is not None:  # of another rank or size than the chunks
+        metadata = tmp_path / "out" / "0" / "_CHECKPOINT_METADATA"
+        said = json.loads(metadata.read_text())
+        pieces = said["custom_metadata"]["ckptc"]["pieces"]
+        said["custom_metadata"]["ckptc"]["pieces"] = dict.fromkeys(pieces, piece)
+        metadata.write_text(json.dumps(said))
+        wanted = {a.name: a.stored or a.chunk for a in plan.arrays}
+    saved, _ = open_saved(tmp_path / "out")
+    assert cut(plan) >= 3 and wanted == {a.name: a.chunk for a in saved.arrays if a.shape}
+
+
+@pytest.mark.usefixtures("small")
 def test_they_are_exported_bit_for_bit_and_held_against_their_checksums(tmp_path: Path) -> None:
     case = CASES["llama3_1.scan"]
     plan = compile_case(case, memory=4096)
@@ -77,6 +95,7 @@ def test_they_are_exported_bit_for_bit_and_held_against_their_checksums(tmp_path
     found, report = exported(way_back, tmp_path / "out", tmp_path / "hf", case)
     assert broken_promises(way_back, found, source_tensors(case.hf)) == []
     assert report.checksums == len(plan.arrays)
+    assert report.read_bytes == way_back.totals.read_bytes
     with open(tmp_path / "out" / "0" / LARGE, "r+b") as file:
         byte = file.read(1)
         file.seek(0)

@@ -65,6 +65,14 @@ def strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(out))
 
 
+def _ordered(shape: Sequence[int], order: Sequence[int] | None) -> tuple[int, ...]:
+    """As `strides`, where the axes lie in this order, slowest first."""
+    if order is None:
+        return strides(shape)
+    steps = dict(zip(order, strides([shape[a] for a in order]), strict=True))
+    return tuple(steps[a] for a in range(len(shape)))
+
+
 def axis_of(step: int, shape: Sequence[int]) -> int:
     """The axis of a row-major array along which a loop of this step moves. Axes of size 1 have no loops."""
     steps = strides(shape)
@@ -138,9 +146,10 @@ def _spread(part: Part, begins: Numbers, shape: Sequence[int]) -> Region:
     return Region(tuple(axes))
 
 
-def within(part: Part, shape: Sequence[int], box: Region) -> Part:
-    """The part's steps in a row-major array that holds the elements of `box` and nothing else."""
-    steps, inner = strides(shape), strides(box.shape)
+def within(part: Part, shape: Sequence[int], box: Region, order: Sequence[int] | None = None) -> Part:
+    """The part's steps in an array that holds the elements of `box` and nothing else: row-major, or with its axes in
+    this order, slowest first."""
+    steps, inner = strides(shape), _ordered(box.shape, order)
 
     def moved(f: Factor) -> Factor:
         if f.step == 0 or f.size == 1:
@@ -149,13 +158,13 @@ def within(part: Part, shape: Sequence[int], box: Region) -> Part:
         return replace(f, step=f.step // steps[axis] // box.axes[axis][1] * inner[axis])
 
     axes = tuple(AxisMap(a.start, tuple(moved(f) for f in a.factors)) for a in part.axes)
-    return replace(part, base=place_in(part.base, shape, box), first=0, axes=axes)
+    return replace(part, base=place_in(part.base, shape, box, order), first=0, axes=axes)
 
 
-def place_in(element: int, shape: Sequence[int], box: Region) -> int:
-    """Where an element of an array of this shape is in a row-major array that holds `box` and nothing else."""
+def place_in(element: int, shape: Sequence[int], box: Region, order: Sequence[int] | None = None) -> int:
+    """Where an element of an array of this shape is in an array that holds `box` and nothing else: as `within`."""
     at, rest = 0, element
-    for step, inner, (start, stride, _) in zip(strides(shape), strides(box.shape), box.axes, strict=True):
+    for step, inner, (start, stride, _) in zip(strides(shape), _ordered(box.shape, order), box.axes, strict=True):
         index, rest = divmod(rest, step)
         at += (index - start) // stride * inner
     return at

@@ -16,7 +16,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ckptc.ir.source import SourceFile
-from ckptc.plan.model import Plan, Source, Tensor
+from ckptc.plan.model import Plan, Source, Stored, Tensor
 from ckptc.storage.checkpoint.orbax_index import PlainIndex
 from ckptc.storage.checkpoint.orbax_reader import ArrayReader, open_reader
 from ckptc.storage.checkpoint.sums import Sums
@@ -78,6 +78,13 @@ class Readers:
         reader = self._readers[tensor.source]
         assert isinstance(reader, ArrayReader)
         reader.read(tuple(tensor.name.split("/")), axes, chunk, out, in_flight)
+
+    def order(self, tensor: Tensor, stored: Stored) -> tuple[int, ...] | None:
+        """The axes of an array, slowest first, in the order in which its chunks are read with the least work; None: its
+        own."""
+        reader = self._readers[tensor.source]
+        assert isinstance(reader, ArrayReader)
+        return reader.order(tuple(tensor.name.split("/")), stored.dtype)
 
     def read_for_sums(self, missing: tuple[str, tuple[tuple[int, int, int], ...]]) -> None:
         """As `ArrayReader.read_for_sums`, of whichever source has chunks."""

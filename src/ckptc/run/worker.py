@@ -158,8 +158,11 @@ class Worker:
         held = self._held[turn] = grown(self._held[turn], total)
         used = 0
         read: dict[int, Values] = {}
+        orders: dict[int, Order] = {}  # of the axes of what is read
         for s, r in regions.items():
-            read[s] = self._read_region(arrays[0].sources[s], r, held[used : used + sizes[s]])
+            operand = arrays[0].sources[s]
+            orders[s] = self.readers.order(self.plan.tensors[operand.tensors[0]], operand.stored)
+            read[s] = self._read_region(operand, r, orders[s], held[used : used + sizes[s]])
             used += sizes[s]
         out: Loaded = []
         for array, wanted in zip(arrays, ranges, strict=True):
@@ -169,7 +172,8 @@ class Worker:
                     local.append(Local(part, None, kind.dtype))
                 elif needed is None:
                     operand, region = array.sources[part.source], regions[part.source]
-                    local.append(Local(_placed(part, operand, region), read[part.source], operand.stored.dtype))
+                    placed = _placed(part, operand, region, orders[part.source])
+                    local.append(Local(placed, read[part.source], operand.stored.dtype))
                 else:
                     buffer = held[used : used + needed.memory]
                     used += needed.memory
@@ -184,10 +188,11 @@ class Worker:
         operand = array.sources[part.source]
         return need(replace(part, base=part.base + operand.begin) if operand.begin else part, operand.stored)
 
-    def _read_region(self, operand: Operand, region: Region, buffer: Bytes) -> Values:
+    def _read_region(self, operand: Operand, region: Region, order: Order, buffer: Bytes) -> Values:
+        """A region, flat, its axes in this order."""
         dtype = operand.stored.dtype
         flat = buffer[: region.size * itemsize(dtype)].view(numpy_dtype(dtype))
-        self._read_box(operand.tensors[0], operand.stored, region, flat.reshape(region.shape))
+        self._read_box(operand.tensors[0], operand.stored, region, in_order(flat, region.shape, order))
         return flat
 
     def _read_box(self, tensor: int, stored: Stored, region: Region, out: Values) -> None:
@@ -285,11 +290,11 @@ def _direct(x: Local, part: Part, kind: Kind, shape: tuple[int, ...], order: Ord
     return in_order(x.data[part.base : part.base + prod(shape)], shape, order)
 
 
-def _placed(part: Part, operand: Operand, region: Region) -> Part:
-    """The part's steps in a row-major array that holds a region of what it reads, and nothing else."""
+def _placed(part: Part, operand: Operand, region: Region, order: Order) -> Part:
+    """The part's steps in an array, its axes in this order, that holds a region of what it reads, and nothing else."""
     shape = operand.stored.shape
-    moved = within(replace(part, base=0), shape, region)
-    return replace(moved, base=place_in(part.base + operand.begin, shape, region))
+    moved = within(replace(part, base=0), shape, region, order)
+    return replace(moved, base=place_in(part.base + operand.begin, shape, region, order))
 
 
 def packed(part: Part, read: Read) -> Part:

@@ -67,8 +67,9 @@ def values(shape: list[int], dtype: str) -> Any:
     return bits.astype(numpy_dtype(dtype))
 
 
-def read(reader: PlainReader, name: str, axes: list[tuple[int, int, int]], dtype: str) -> Any:
-    out = np.full([count for _, _, count in axes], 99, numpy_dtype(dtype))
+def read(reader: PlainReader, name: str, axes: list[tuple[int, int, int]], dtype: str, as_stored: bool = False) -> Any:
+    order = (reader.order(tuple(name.split("."))) if as_stored else None) or tuple(range(len(axes)))
+    out = np.full([axes[a][2] for a in order], 99, numpy_dtype(dtype)).transpose(np.argsort(order))
     reader.read(tuple(name.split(".")), axes, out)
     return out
 
@@ -93,6 +94,7 @@ def arrays(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(st.sampled_from(["bfloat16", "float32", "int8", "float8_e4m3fn", "complex128", "bool"])),
         "axes": axes,
         "written": [sorted(draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape],
+        "as stored": draw(st.booleans()),
         "inline": draw(st.sampled_from([0, 40, 1024])),
         "worth": draw(st.sampled_from([1, 8, 1 << 18])),
         "scratch": draw(st.sampled_from([1, 30, 1 << 20])),
@@ -124,10 +126,23 @@ def test_boxes_are_what_tensorstore_reads(tmp_path_factory: pytest.TempPathFacto
         patch.setattr(orbax_chunks, "WORTH", case["worth"])
         patch.setattr(orbax_chunks, "SCRATCH", case["scratch"])
         reader = PlainReader(root, PlainIndex.of(index.record()))
-        found = read(reader, "a.w", case["axes"], case["dtype"])
+        found = read(reader, "a.w", case["axes"], case["dtype"], case["as stored"])
     wanted = tuple(slice(start, start + stride * count, stride) for start, stride, count in case["axes"])
     expected = store.read().result()[wanted]
     assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def test_what_lies_in_memory_as_it_is_stored_is_read_where_it_belongs(tmp_path: Path) -> None:
+    create(tmp_path, "w", [6, 4, 8], [3, 4, 8], "float32", [1, 0, 2], None)[...].write(
+        np.ones((6, 4, 8), np.float32)
+    ).result()
+    reader = PlainReader(tmp_path, list_chunks(tmp_path, ["w"]))
+    fetched: list[int] = []
+    fetch = reader._fetch
+    reader._fetch = lambda file, offset, out: (fetched.append(out.ctypes.data), fetch(file, offset, out))[1]  # type: ignore[method-assign]
+    out = np.zeros((4, 3, 8), np.float32)
+    reader.read(("w",), [(0, 1, 3), (0, 1, 4), (0, 1, 8)], out.transpose(1, 0, 2))
+    assert (out == 1).all() and fetched == [out.ctypes.data]
 
 
 def test_databases_of_several_processes_and_many_nodes(tmp_path: Path) -> None:

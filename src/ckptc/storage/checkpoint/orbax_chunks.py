@@ -55,17 +55,23 @@ class PlainReader:
         found = self._index.arrays.get(".".join(path))
         return found is not None and numpy_dtype(found.layout.dtype) == dtype
 
+    def order(self, path: Keys) -> tuple[int, ...] | None:
+        """The order in which an array's chunks store their axes, slowest first; None where that is their own."""
+        order = self._index.arrays[".".join(path)].layout.order
+        return None if list(order) == sorted(order) else order
+
     def read(
         self,
         path: Keys,
         axes: Sequence[tuple[int, int, int]],
         out: Values,
         on_piece: Callable[[Slices, Slices], None] = lambda index, place: None,
-    ) -> int:
+    ) -> tuple[int, ...]:
         """Fills `out` with the indices start + i·stride, i below count, of each of `axes`.
 
-        `out`: C-contiguous, of the counts' shape and the array's dtype. `on_piece` is called with each piece of a chunk
-        that has been read: where it is in the array, and in `out`. Returns the bytes of the chunks that were touched.
+        `out`: of the counts' shape and the array's dtype; with its axes in the order of `order`, runs of chunks are read
+        where they belong. `on_piece` is called with each piece of a chunk
+        that has been read: where it is in the array, and in `out`. Returns the shape of the array.
 
         Raises InputError: `orbax-array`, and what `RangeReader` raises.
         """
@@ -78,7 +84,6 @@ class PlainReader:
             reason = f"the plan reads more than its shape {list(shape)}"
             raise _unreadable(name, reason, "compile the plan again")
         raw = out.view(f"u{out.itemsize}") if out.itemsize <= 8 else out  # numpy copies these faster
-        touched = 0
         for index, place in pieces(axes, array.layout.chunk):
             cell = tuple(i.start // c for i, c in zip(index, array.layout.chunk, strict=True))
             inside = tuple(
@@ -88,8 +93,7 @@ class PlainReader:
             target: Any = (*place, ...)  # with `...` an array without axes stays one
             self._read_piece(name, array, cell, inside, raw[target])
             on_piece(index, place)
-            touched += decoded(index, array.layout.chunk, shape)
-        return touched * out.itemsize
+        return shape
 
     def _read_piece(self, name: str, array: PlainArray, cell: tuple[int, ...], inside: Slices, target: Values) -> None:
         """The elements `inside` of one chunk."""

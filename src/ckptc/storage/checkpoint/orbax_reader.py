@@ -15,6 +15,7 @@ import os
 import re
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -55,15 +56,27 @@ def open_saved(given: Path, optimizer: bool = False) -> tuple[Saved, Step]:
     leaves, zarr3, ocdbt = _tree(items, files)
     reader = ArrayReader(items, zarr3, ocdbt, PlainIndex())
     left = [path for path in leaves if path[0] in OPTIMIZER and not optimizer]
-    arrays = tuple(reader.describe([path for path in leaves if path[0] not in OPTIMIZER or optimizer]))
+    custom = _custom(step.directory)
+    known = noted(custom)
+    paths = [path for path in leaves if path[0] not in OPTIMIZER or optimizer]
+    arrays = tuple(_in_pieces(a, known.get(a.name)) for a in reader.describe(paths))
     if ocdbt:
         files.append(_identity(items, MANIFEST, weights=True))
     else:
         name = "zarr.json" if zarr3 else ".zarray"
         files += [_identity(items, f"{'.'.join(a.path)}/{name}", weights=True) for a in arrays]
     place = os.path.relpath(items, given)
-    place, custom = "" if place == "." else place, _custom(step.directory)
+    place = "" if place == "." else place
     return Saved(tuple(sorted(files, key=lambda f: f.name)), arrays, len(left), custom, place), step
+
+
+def _in_pieces(array: SavedArray, known: Noted | None) -> SavedArray:
+    """With the pieces in which ckptc has written large chunks as its chunks: each is a run of bytes, read alone."""
+    if known is None or known.piece is None or len(known.piece) != len(array.chunk):
+        return array
+    columns = zip(known.piece, array.chunk, array.shape, strict=True)
+    fits = all(p <= c and (c % p == 0 or c >= n) for p, c, n in columns)
+    return replace(array, chunk=known.piece) if fits else array
 
 
 def check_saved(items: Path, files: Sequence[SourceFile]) -> None:
@@ -243,6 +256,11 @@ class ArrayReader:
         )
         return {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": store}
 
+    def order(self, path: tuple[str, ...], dtype: str) -> tuple[int, ...] | None:
+        """The axes in the order in which a plain array's chunks store them, slowest first, where that is not their own: a
+        box in memory of that order is filled without moving elements."""
+        return self._plain.order(path) if self._plain.has(path, np.dtype(numpy_dtype(dtype))) else None
+
     def read(
         self,
         path: tuple[str, ...],
@@ -253,7 +271,7 @@ class ArrayReader:
     ) -> None:
         """Fills `out` with the indices start + i·stride, i below count, of each of `axes`, in pieces of whole chunks.
 
-        `out`: C-contiguous, of the counts' shape and the array's dtype. `in_flight`: bytes of chunks that may be held beside it; one
+        `out`: of the counts' shape and the array's dtype, contiguous in any order of its axes. `in_flight`: bytes of chunks that may be held beside it; one
         is always held.
         """
 
@@ -263,7 +281,8 @@ class ArrayReader:
                 self._sums.note("/".join(path), index, out[at])
 
         if self._plain.has(path, out.dtype):
-            self.bytes_read += self._plain.read(path, axes, out, note)
+            shape = self._plain.read(path, axes, out, note)
+            self.bytes_read += out.itemsize * sum(decoded(index, chunk, shape) for index, _ in pieces(axes, chunk))
             return
         if path not in self._open:
             self._open[path] = self._result(path, self._ts.open(self._spec(path), open=True, context=self._context))
