@@ -15,6 +15,7 @@ from orbax.checkpoint import v1
 
 from ckptc.cli.main import run
 from ckptc.storage.checkpoint.companions import TENSORS
+from ckptc.storage.checkpoint.safetensors import open_checkpoint
 from ckptc.storage.checkpoint.steps import find_step
 from golden import known_cases
 from reference import GoldenCase
@@ -43,6 +44,15 @@ def with_tokenizer(case: GoldenCase, directory: Path) -> GoldenCase:
     return replace(case, hf=directory)
 
 
+def without_weights(case: GoldenCase, directory: Path) -> None:
+    """The case's files but for its weights, from which tensors would be copied that the target has no place for."""
+    shutil.copytree(case.hf, directory, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    dtypes: dict[str, list[str]] = {}
+    for name, tensor in open_checkpoint(case.hf).tensors.items():
+        dtypes.setdefault(tensor.dtype, []).append(name)
+    (directory / TENSORS).write_text(json.dumps({"dtypes": dtypes}), "utf-8")
+
+
 def files(directory: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(directory.iterdir()):
         yield path.name, path.read_bytes()
@@ -55,8 +65,11 @@ def test_an_export_without_the_original_is_the_one_with_it(name: str, tmp_path: 
     converted(case, tmp_path / "out")
     mm = ["--multimodal"] if case.multimodal else []
     options = ["--model", case.model, "--config-from", "original", *mm]
+    without_weights(case, Path("files"))
+    options[options.index("original")] = "files"
     assert run(["export", "--source", "out", "--output", "with", "--quiet", *options]) == 0
     shutil.rmtree("original")
+    shutil.rmtree("files")
     assert run(["export", "--source", "out", "--output", "without", "--quiet"]) == 0
     found = dict(files(Path("without")))
     assert found == dict(files(Path("with")))
