@@ -82,6 +82,8 @@ class Objects:
         end = f"{self._path[:-1]}0" if self._path else ""  # what follows a slash
         found = self.result(self._kv().list(ts.KvStore.KeyRange(self._path, end)), "")
         inside = [name.decode("utf-8", "replace") for name in found]
+        if not inside:  # TensorStore takes a refusal to list for an empty list; one to read it says
+            self.result(self.generation("config.json"), "")
         below = [name[len(self._path) :] for name in inside if name.startswith(self._path)]
         return sorted(name for name in below if name and "/" not in name)
 
@@ -331,12 +333,12 @@ def _missing(url: str, name: str) -> Diagnostic:
 
 def refused(url: str, name: str, said: str) -> InputError:
     """To raise: the store refused, or is silent. `said`: TensorStore's words."""
-    reason = re.split(r" \[(?:source locations|tensorstore_spec)=|\n", said, maxsplit=1)[0][:200]
+    reason = re.split(r" \[(?:source locations|tensorstore_spec|http_response_\w+)=|\n", said, maxsplit=1)[0][:200]
     place, notes = f"{url}/{name}" if name else url, (f"found: {reason}",)
     login = "`gcloud auth application-default login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
     if said.startswith("NOT_FOUND"):
         return fail("bucket-missing", f"there is no {place}", notes=notes, help="check the names of bucket and path")
-    if said.startswith("UNAUTHENTICATED"):
+    if said.startswith("UNAUTHENTICATED") or "http_response_code='401'" in said:
         return fail(
             "bucket-no-credentials", f"{place} is not open to everyone", notes=notes, help=f"log in with {login}"
         )
