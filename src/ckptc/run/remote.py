@@ -63,8 +63,9 @@ class RemoteOutput:
     def __init__(self, url: str, plan: Plan) -> None:
         match = _URL.fullmatch(url)
         if match is None:
+            why = ": Orbax restores nothing from s3://" if url.startswith("s3://") else ""
             raise fail(
-                "unsupported-url", f"{url} is not an output that can be written to",
+                "unsupported-url", f"{url} is not an output that can be written to{why}",
                 help="give a directory, or gs://BUCKET/PATH",
             )  # fmt: skip
         path = match[2].removeprefix("/")
