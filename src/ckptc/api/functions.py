@@ -184,7 +184,7 @@ def run(
     found = opened(source) if isinstance(source, str | Path) else source
 
     def check(step: Path) -> None:
-        on_verified(against_source(plan, step, found, mapping, on_progress))
+        on_verified(against_source(plan, step, found, mapping, on_progress, jobs))
 
     settings = Settings(jobs, restart, force, check_source)
     before_commit = check if verify else None
@@ -256,14 +256,17 @@ def verify(
     *,
     source: str | Path | None = None,
     mapping: str | Path | None = None,
+    jobs: int | None = None,
     on_progress: Callable[[Progress], None] = _nothing,
     on_step: Callable[[Path, str], None] = lambda given, said: None,
 ) -> Verified:
     """Reads an Orbax checkpoint back and compares: with a plan, every bit with what its source gives by the mapping's
-    ops, taken one after the other; without, with the checksums that were noted when it was written.
+    ops, taken one after the other; without, with the checksums that were noted when it was written. `jobs`: threads, by
+    default the cores.
 
     Raises InputError: `output-differs`, `checksum-differs`, `missing-array`, `no-checksums`, …
     """
+    from ckptc.run.pool import cores
     from ckptc.run.verify import check_sums
     from ckptc.run.work import Progress
     from ckptc.storage.checkpoint.steps import find_step
@@ -272,8 +275,8 @@ def verify(
     step = find_step(Path(output))
     on_step(Path(output), step.said)
     if plan is not None:
-        return against_source(plan, step.items, opened(source) if source else None, mapping, on_progress)
-    return check_sums(step.items, lambda done, total, name: on_progress(Progress(done, total, name)))
+        return against_source(plan, step.items, opened(source) if source else None, mapping, on_progress, jobs)
+    return check_sums(step.items, lambda done, total, name: on_progress(Progress(done, total, name)), jobs or cores())
 
 
 def against_source(
@@ -282,12 +285,14 @@ def against_source(
     source: Source | Path | None,
     mapping: str | Path | None,
     on_progress: Callable[[Progress], None],
+    jobs: int | None = None,
 ) -> Verified:
     """Compares the checkpoint in `step` with the plan's source, through ops of the plan's mapping (`mapping`: its file,
     where it is not a shipped one). Raises InputError for what differs, and for a mapping or source that is another one.
     """
     from ckptc.compile.recompile import recompiled_graph
     from ckptc.ir.source import SourceFile
+    from ckptc.run.pool import cores
     from ckptc.run.preflight import check_source
     from ckptc.run.runner import find_source
     from ckptc.run.verify import compare
@@ -300,4 +305,8 @@ def against_source(
     check_source(plan, found, [SourceFile(f.name, f.size, f.header, f.content) for f in plan.sources[0].files])
     graph = recompiled_graph(plan, *find(plan.made.model, mapping), open_checkpoint(found))
     names = [f.name for f in plan.sources[0].files]
-    return compare(graph, names, found, step, lambda done, total, name: on_progress(Progress(done, total, name)))
+
+    def say(done: int, total: int, name: str) -> None:
+        on_progress(Progress(done, total, name))
+
+    return compare(graph, names, found, step, say, jobs or cores(), plan.choices.memory)

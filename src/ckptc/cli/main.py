@@ -147,6 +147,9 @@ def parser() -> argparse.ArgumentParser:
         "--source", metavar="DIR", help="with a plan: its source (default: where this machine last compiled it from)"
     )
     verify.add_argument("--mapping", metavar="FILE", help="with a plan: its mapping, if it is not a shipped one")
+    verify.add_argument(
+        "--jobs", type=arguments.positive, metavar="N", help="threads at most (default: as many as there are cores)"
+    )
     verify.add_argument("--json", action="store_true", help="print what was verified as JSON")
     verify.add_argument("--quiet", action="store_true", help="show no progress")
     prove.add_prove(commands)

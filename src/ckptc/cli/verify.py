@@ -25,7 +25,7 @@ def verify(args: argparse.Namespace) -> None:
         if target.is_dir() or not (target.exists() or target.suffix == ".json"):  # a plan's name, most likely
             _refuse_options(args)
             against = "checksums"
-            verified = api.verify(target, on_progress=on_progress, on_step=render.say_step)
+            verified = api.verify(target, jobs=args.jobs, on_progress=on_progress, on_step=render.say_step)
         else:
             plan, against = api.Plan.load(target), "source"
             if args.output is None:
@@ -39,6 +39,7 @@ def verify(args: argparse.Namespace) -> None:
                 plan,
                 source=args.source,
                 mapping=args.mapping,
+                jobs=args.jobs,
                 on_progress=on_progress,
                 on_step=render.say_step,
             )

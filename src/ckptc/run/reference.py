@@ -3,16 +3,17 @@
 This is what verification holds a checkpoint against, so it shares nothing with the executor: no folded parts, no byte
 ranges, no kernel. Tensors come from the safetensors library.
 
-Memory: an array that stacks tensors (layers, experts) is made a block of them at a time. The axes that only count
-tensors, from the source to the finished array, can be restricted everywhere at once: a leaf lists fewer tensors, and
-the ops are the same with smaller sizes. So a block needs the tensors it is made of, and some copies of itself.
+Memory: an array is made a block at a time. An axis that is the same in every node, from the source to the finished
+array, and that no op works along, can be restricted everywhere at once: where it counts tensors (layers, experts) a leaf
+lists fewer of them, where it is an axis of each tensor a leaf reads a slice, and the ops are the same with smaller sizes.
+So a block needs the slices that it is made of, and some copies of itself. Codes are decoded a tensor at a time.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -36,7 +37,7 @@ Array = npt.NDArray[Any]
 Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
 Ranges = Mapping[str, tuple[int, int]]  # by the name of an axis that counts tensors
 
-BLOCK = 32 << 20  # bytes of target made at once, where one tensor's share is less
+BLOCK = 16 << 20  # bytes of target made at once: more gains nothing
 # The library's numpy interface has no 8-bit floats. Its names for them, and theirs.
 _FLOAT8 = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -60,14 +61,20 @@ class Tensors:
             except (OSError, SafetensorError) as error:
                 raise fail("source-unreadable", f"{shown(name)} cannot be read: {error}") from None
 
-    def get(self, name: str) -> Array:
+    def get(self, name: str, box: Box | None = None, shape: tuple[int, ...] = ()) -> Array:
+        """A tensor, or a box of it; `shape`: what the tensor is taken to be, if there is a box."""
         path = self._paths[name]
         try:
             with safe_open(path, framework="numpy") as opened:
-                stored = opened.get_slice(name).get_dtype()
-                if stored in _FLOAT8:
-                    return _read_bytes(path, name).view(_FLOAT8[stored])
-                return np.asarray(opened.get_tensor(name))
+                stored = opened.get_slice(name)
+                at = None if box is None else tuple(slice(low, high) for low, high in box)
+                if stored.get_dtype() in _FLOAT8:
+                    values = _read_bytes(path, name).view(_FLOAT8[stored.get_dtype()])
+                elif at is not None and tuple(stored.get_shape()) == shape:
+                    return np.asarray(stored[at])
+                else:
+                    values = np.asarray(opened.get_tensor(name))
+                return values if at is None else np.asarray(values.reshape(shape)[at])
         except (OSError, SafetensorError) as error:
             raise fail("source-unreadable", f"{shown(path.name)} cannot be read: {error}") from None
 
@@ -79,11 +86,21 @@ class RemoteTensors:
         self._checkpoint = open_checkpoint(source)
         self._ranges = source.ranges(self._checkpoint.files, once=True)
 
-    def get(self, name: str) -> Array:
+    def get(self, name: str, box: Box | None = None, shape: tuple[int, ...] = ()) -> Array:
+        """As `Tensors.get`. Of a box, the rows along the first axis that hold it are read."""
         tensor = self._checkpoint.tensors[name]
-        data = np.empty(tensor.end - tensor.begin, dtype=np.uint8)
-        self._ranges.read_into(tensor.file, tensor.begin, data.data)
-        return data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)
+        rows = box[0] if box and tensor.shape == shape else (0, tensor.shape[0] if tensor.shape else 1)
+        row = (tensor.end - tensor.begin) // max(1, tensor.shape[0] if tensor.shape else 1)
+        data = np.empty((rows[1] - rows[0]) * row, dtype=np.uint8)
+        self._ranges.read_into(tensor.file, tensor.begin + rows[0] * row, data.data)
+        values = data.view(numpy_dtype(tensor.dtype)).reshape(
+            (rows[1] - rows[0], *tensor.shape[1:]) if tensor.shape else ()
+        )
+        if box is None:
+            return values
+        if tensor.shape != shape:
+            return np.asarray(values.reshape(shape)[tuple(slice(low, high) for low, high in box)])
+        return np.asarray(values[(slice(None), *(slice(low, high) for low, high in box[1:]))])
 
 
 def tensors_of(source: Source, files: Sequence[str]) -> Tensors | RemoteTensors:
@@ -101,18 +118,28 @@ def _read_bytes(path: Path, name: str) -> Array:
         return np.frombuffer(file.read(end - begin), dtype=np.uint8).reshape(entry["shape"])
 
 
-def blocks(target: Target, chunk: Sequence[int]) -> Iterator[tuple[Box, Node]]:
-    """Boxes that cover the array, whole chunks each or up to its edge, and the nodes that make each."""
-    type_ = target.type
+@dataclass(frozen=True, slots=True)
+class Slice(Leaf):
+    """A leaf of whose tensors a box is read."""
+
+    box: Box = ()
+    whole: tuple[int, ...] = ()  # the shape of each tensor
+
+
+def blocks(target: Target, chunk: Sequence[int], most: int | None = None) -> Iterator[tuple[Box, Node]]:
+    """Boxes that cover the array, whole chunks each or up to its edge, and the nodes that make each. Of `most` bytes, if the
+    ops allow: by default BLOCK.
+    """
+    type_, most = target.type, BLOCK if most is None else most
     axes = [a.name for a in type_.axes]
-    counting = _counting(target.node) if type_.nbytes > BLOCK else []
+    counting = _restrictable(target.node) if type_.nbytes > most else []
     at = {name: axes.index(name) for name in counting}
-    share = prod(a.size for a in type_.axes if a.name not in at) * itemsize(type_.dtype)
+    block = prod(chunk[at[a.name]] if a.name in at else a.size for a in type_.axes) * itemsize(type_.dtype)
     steps: dict[str, int] = {}
     for name in reversed(counting):
-        size, least = type_.axes[at[name]].size, chunk[at[name]]
-        steps[name] = min(size, least * max(1, BLOCK // (least * share)))
-        share *= steps[name]
+        size, least = type_.axes[at[name]].size, min(chunk[at[name]], type_.axes[at[name]].size)
+        steps[name] = min(size, least * max(1, most // block))
+        block = -(-block // least) * steps[name]
     choices = [
         [
             (low, min(low + steps[name], type_.axes[at[name]].size))
@@ -139,6 +166,8 @@ def make(node: Node, tensors: Tensors | RemoteTensors) -> Array:
 
 def _leaf(leaf: Leaf, tensors: Tensors | RemoteTensors) -> Array:
     def one(number: int) -> Array:
+        if isinstance(leaf, Slice):
+            return tensors.get(leaf.tensors[number], leaf.box, leaf.whole)
         values = tensors.get(leaf.tensors[number])
         if leaf.decoded is None:
             return values
@@ -158,12 +187,13 @@ def _leaf(leaf: Leaf, tensors: Tensors | RemoteTensors) -> Array:
     return out.reshape(leaf.type.shape)
 
 
-def _counting(node: Node) -> list[str]:
-    """The axes that count tensors in every leaf, and are the same axis in every node up to the finished array."""
+def _restrictable(node: Node) -> list[str]:
+    """The axes that every leaf has, and that are the same axis in every node up to the finished array: those that count
+    tensors, then those of each tensor."""
     leaf = node
     while isinstance(leaf, Apply):
         leaf = leaf.inputs[0]
-    names = [a.name for a in leaf.grid] if isinstance(leaf, Leaf) else []
+    names = [a.name for a in leaf.type.axes] if isinstance(leaf, Leaf) else []
     return [name for name in names if _can_restrict(node, name)]
 
 
@@ -178,12 +208,12 @@ def _can_restrict(node: Node, name: str) -> bool:
 
 
 def _has(node: Node, axis: Axis) -> bool:
-    """Whether every node has the axis, every leaf in its grid, and no op works along it. (A pattern that looked into it
+    """Whether every node has the axis, leaves that are decoded in their grid, and no op works along it. (A pattern that looked into it
     would have given it another name, or another size: then `restrict` raises.)"""
     if axis not in node.type.axes:
         return False
     if isinstance(node, Leaf):
-        return axis in node.grid
+        return axis in node.grid or node.decoded is None
     if isinstance(node, Apply):
         if getattr(node.op, "axis", None) == axis.name:
             return False
@@ -192,7 +222,7 @@ def _has(node: Node, axis: Axis) -> bool:
 
 
 def restrict(node: Node, ranges: Ranges) -> Node:
-    """The node with fewer tensors along axes that count them. Raises OpError when an op does not fit smaller sizes."""
+    """The node with less along axes that `_restrictable` names. Raises OpError when an op does not fit smaller sizes."""
     if not ranges:
         return node
     if isinstance(node, Leaf):
@@ -217,7 +247,11 @@ def _restrict_leaf(leaf: Leaf, ranges: Ranges) -> Leaf:
         beside = tuple(replace(b, tensors=tuple(b.tensors[n] for n in numbers)) for b in decoded.beside)
         decoded = replace(decoded, beside=beside)
     grid = tuple(Axis(a.name, len(s)) for a, s in zip(leaf.grid, spans, strict=True))
-    return Leaf(tuple(leaf.tensors[n] for n in numbers), grid, leaf.each, leaf.span, decoded)
+    tensors = tuple(leaf.tensors[n] for n in numbers)
+    if all(a.name not in ranges for a in leaf.each.axes):
+        return Leaf(tensors, grid, leaf.each, leaf.span, decoded)
+    box = tuple(ranges.get(a.name, (0, a.size)) for a in leaf.each.axes)
+    return Slice(tensors, grid, _smaller(leaf.each, ranges), leaf.span, decoded, box, leaf.each.shape)
 
 
 def _smaller(type_: TensorType, ranges: Ranges) -> TensorType:
