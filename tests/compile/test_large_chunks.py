@@ -56,6 +56,16 @@ def test_a_devices_part_is_whole_chunks_as_large_as_it_allows() -> None:
             assert shards == 1 or size // shards % extent == 0, array.name
 
 
+def test_a_small_part_of_a_device_is_one_chunk() -> None:
+    """As Orbax writes it: of several smaller ones, malloc keeps the buffers."""
+    plan = plan_of("llama3.1-8b", "fsdp=64", set={"layers": 4})
+    small = [a for a in plan.arrays if a.nbytes > LEAST > a.nbytes // prod(a.shards) and max(a.shards) > 1]
+    assert len(small) > 5
+    for array in small:
+        part = tuple(size // shards for size, shards in zip(array.shape, array.shards, strict=True))
+        assert (array.stored or array.chunk) == part, array.name
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("memory", [64 << 20, 512 << 20], ids=["64MiB", "512MiB"])
 def test_large_chunks_take_no_memory_of_a_conversion(model: str, memory: int) -> None:

@@ -10,7 +10,8 @@ of chunks of 8 MiB takes twice its size to restore, and stays at that afterwards
 (`M_MMAP_THRESHOLD` in mallopt(3), whose maximum is DEFAULT_MMAP_THRESHOLD_MAX.)
 
 Chunks grow along the axes that the unit is cut along, fastest first, then over shards where no mesh says that they are
-for different devices. Arrays of less than that in all, or in a device's shard, stay as they are.
+for different devices. A device's shard of less than that is one chunk, as Orbax itself writes it; arrays of less in all
+stay as they are.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def enlarge(content: Content, shards: Shape, chunk: Shape, unit: Shape, devices:
         if prod(stored) * item < LEAST and not devices and stored[axis] == share[axis] < shape[axis]:
             row, count = prod(stored) * item, shape[axis] // share[axis]
             stored[axis] *= next((k for k in range(1, count) if count % k == 0 and k * row >= LEAST), count)
-    if prod(stored) * item < LEAST:
+    if prod(stored) * item < LEAST and not (devices and stored == share):
         return unchanged
     piece = _piece(order, unit, stored, max(prod(chunk), PIECE // item), shape)
     if piece is None or piece == tuple(stored):
