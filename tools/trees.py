@@ -18,11 +18,15 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 from ckptc.spec.trees import digest, numbered  # noqa: E402
 from reference import tree, trees  # noqa: E402
 
+NO_SETTINGS = ("qwen3.5-35b-fp8",)  # MaxText knows the name and builds a small Llama
+
 
 def main() -> None:
     raw: set[str] = set()
     digests: dict[str, dict[str, str]] = {}
     for model, layouts in sorted(trees().items()):
+        if model in NO_SETTINGS:
+            continue
         for layout in sorted(layouts):
             found = {path: tuple(shape) for path, (shape, _) in tree(model, layout).items()}
             raw |= {path.split("/", 2)[2] for path in found}

@@ -44,6 +44,7 @@ COMPILE = "compile --mapping mapping.yaml --model tiny --source checkpoint"
 # Of the machine or of another process, and one whose text has times of files in it.
 FAULTS = {
     "connection-lost", "linked-changed", "no-cache", "out-of-memory", "output-not-shared", "output-store", "plans-differ", "port-in-use",
+    "leaf-mismatch", "tree-mismatch",
     "process-failed", "processes-missing", "worker-died",
     # What a server on the network answers.
     "bucket-library", "bucket-missing", "bucket-no-access", "bucket-no-credentials", "bucket-unreachable",

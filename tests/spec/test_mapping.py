@@ -127,9 +127,9 @@ def test_every_place_leads_back_to_the_yaml(directory: Path) -> None:
     text = HEAD + MODELS + "tensors:\n  a: { from: x, as: c, ops: [{ pad: { c: 3 } }] }\n"
     found = read(directory, text)
     (rule,) = found.rules
-    assert found.document.key_span(rule.where) == Span("m.yaml", 6, 3, 1)
-    assert found.document.span((*rule.where, "as")) == Span("m.yaml", 6, 21, 1)
-    assert found.document.key_span(rule.ops[0].where) == Span("m.yaml", 6, 32, 3)
+    assert found.document.key_span(rule.where) == Span("m.yaml", 7, 3, 1)
+    assert found.document.span((*rule.where, "as")) == Span("m.yaml", 7, 21, 1)
+    assert found.document.key_span(rule.ops[0].where) == Span("m.yaml", 7, 32, 3)
 
 
 # -- models --------------------------------------------------------------------------------------------------

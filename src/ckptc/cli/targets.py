@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptc.cli import render
 from ckptc.diagnostics import did_you_mean, fail
-from ckptc.spec.halves.contract import Contract, contract, contracts, titled
-from ckptc.spec.mapping import TARGETS
+
+if TYPE_CHECKING:
+    from ckptc.spec.halves.contract import Contract
 
 
 def add_targets(commands: Any) -> None:
@@ -25,6 +26,9 @@ def add_targets(commands: Any) -> None:
 
 
 def targets(args: argparse.Namespace) -> None:
+    from ckptc.spec.halves.contract import contract, contracts, titled
+    from ckptc.spec.mapping import TARGETS
+
     if args.name is None:
         rows: list[dict[str, Any]] = [{"target": name, "blocks": list(titled(name))} for name in TARGETS]
         shown = render.table([("TARGET", "BLOCKS"), *((r["target"], ", ".join(r["blocks"])) for r in rows)])
