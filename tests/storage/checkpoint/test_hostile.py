@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckptc.storage.checkpoint import safetensors
+from ckptc.storage.checkpoint.steps import MAX_JSON
 from ckptc.storage.formats.json_stream import MAX_MEMBERS
 from ckptc.storage.source import directory
 
@@ -118,6 +119,26 @@ def test_it_is_refused_in_little_memory(make: Callable[[Path], None], tmp_path: 
     assert code in [one[0] for one in found]
     assert says in str(found)
     assert peak < MEMORY
+
+
+OPEN_ORBAX = OPEN.replace("checkpoint.safetensors import open_checkpoint", "checkpoint.orbax_reader import open_saved")
+OPEN_ORBAX = OPEN_ORBAX.replace("len(open_checkpoint(Path(sys.argv[1])).tensors)", "open_saved(Path(sys.argv[1]))")
+RESTORED = OPEN.replace("checkpoint.safetensors import open_checkpoint", "checkpoint.restored import open_restored")
+RESTORED = RESTORED.replace("open_checkpoint(Path(sys.argv[1])).tensors", "open_restored(Path(sys.argv[1]))")
+
+
+@pytest.mark.parametrize("size", [MAX_JSON, MAX_JSON + 1], ids=["as large as may be", "larger"])
+@pytest.mark.parametrize("program", [OPEN_ORBAX, RESTORED], ids=["export", "verify"])
+def test_metadata_of_orbax_is_refused_in_bounded_memory(program: str, size: int, tmp_path: Path) -> None:
+    text = b'{"tree_metadata":[' + b"{}," * ((size - 24) // 3) + b"{}]}"
+    (tmp_path / "_METADATA").write_bytes(text.ljust(size))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found, peak = json.loads(done.stdout)
+    assert found[0][0] in ("orbax-json", "damaged-output")
+    assert ("too large to be metadata" in found[0][1]) == (size > MAX_JSON)
+    assert peak < 1000 * MB
 
 
 def test_beginnings_are_read_ahead_by_a_few_files_and_not_by_all(monkeypatch: pytest.MonkeyPatch) -> None:

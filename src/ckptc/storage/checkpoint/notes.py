@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptc.regular import open_file
+
 JOURNAL = ".ckptc-journal"
 
 
@@ -30,9 +32,11 @@ class Noted:
 
 
 def read_notes(directory: Path) -> Noted | None:
-    """What the journal in a directory says; None where there is none, or none that can be understood."""
+    """What the journal in a directory says; None where there is none, or none that can be understood. Raises OSError
+    where it is no regular file."""
     try:
-        lines = (directory / JOURNAL).read_bytes().split(b"\n")[:-1]
+        with open_file(directory / JOURNAL) as file:
+            lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
     with suppress(ValueError, TypeError, KeyError, IndexError, RecursionError):

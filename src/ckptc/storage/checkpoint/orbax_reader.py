@@ -29,14 +29,13 @@ from ckptc.ir.saved import OPTIMIZER, Saved, SavedArray
 from ckptc.ir.source import SourceFile
 from ckptc.storage.checkpoint.orbax_chunks import PlainReader, Slices, decoded, pieces
 from ckptc.storage.checkpoint.orbax_index import PlainIndex, list_chunks
-from ckptc.storage.checkpoint.steps import MANIFEST, METADATA, STEP_METADATA, Step, find_step
+from ckptc.storage.checkpoint.steps import MANIFEST, MAX_JSON, METADATA, STEP_METADATA, Step, find_step
 from ckptc.storage.checkpoint.sums import Axes, Noted, Sums, noted
 from ckptc.storage.formats.zarr3 import numpy_dtype
 from ckptc.storage.source.content import Status, sample_files, statuses
 from ckptc.storage.source.files import header_digest, open_regular, pread, refuse, resolve, shown
 
 ARRAY_METADATA = "array_metadatas"
-MAX_JSON = 1 << 30
 INDEX_CACHE = 100_000_000  # bytes of OCDBT index nodes kept at most: as Orbax itself does
 OPEN_MOST = 256  # arrays kept open
 
@@ -145,7 +144,15 @@ def statuses_of(items: Path, files: Sequence[SourceFile]) -> dict[str, Status]:
 def _read(items: Path, name: str) -> bytes:
     descriptor, size = open_regular(resolve(items, name), name)
     try:
-        return pread(descriptor, min(size, MAX_JSON), 0)
+        if size > MAX_JSON:
+            raise refuse(
+                "orbax-json",
+                f"{items / name} is too large to be metadata",
+                f"at most {MAX_JSON} bytes",
+                f"{size} bytes",
+                "is it a checkpoint of Orbax?",
+            )
+        return pread(descriptor, size, 0)
     finally:
         os.close(descriptor)
 

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptc.diagnostics import InputError, fail
-from ckptc.storage.checkpoint.steps import METADATA, STEP_METADATA
+from ckptc.regular import open_file
+from ckptc.storage.checkpoint.steps import MAX_JSON, METADATA, STEP_METADATA
 
 _CACHE = 32 << 20  # bytes
-_MAX_JSON = 1 << 30
 Box = tuple[tuple[int, int], ...]  # [low, high) for each axis
 
 
@@ -118,9 +118,11 @@ def _keys(leaf: Any) -> list[str] | None:
 def _json(path: Path) -> Mapping[str, Any]:
     help = "is it a checkpoint, and did the run that wrote it end?"
     try:
-        if path.stat().st_size > _MAX_JSON:
+        with open_file(path) as file:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
             raise fail("damaged-output", f"{path} is too large to be metadata")
-        found = json.loads(path.read_bytes())
+        found = json.loads(data)
     except OSError as error:
         raise fail("no-checkpoint", f"cannot read {path}: {error.strerror}", help=help) from None
     except (ValueError, RecursionError):

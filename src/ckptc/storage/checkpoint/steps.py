@@ -21,6 +21,7 @@ from ckptc.storage.source.files import NOT_UTF8, is_text
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
 STEP_METADATA = "_CHECKPOINT_METADATA"
+MAX_JSON = 16 << 20  # bytes of a metadata file: some 500 are of an array; parsed, a hostile one takes 30 times as many
 CHECKPOINTS = "checkpoints"  # below a run's directory, where MaxText saves steps
 # Names that savers use, the likeliest first.
 ITEMS = ("items", "default", "pytree", "model_params", "state", "params")
