@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -36,6 +37,34 @@ def test_a_named_pipe_is_no_part_of_a_checkpoint(name: str, tmp_path: Path, caps
     pipe(tmp_path / name)
     assert run(["compile", "--model", "llama3.1-8b", "--source", str(tmp_path)]) == 1
     assert f"`{name}` is not a regular file" in capsys.readouterr().err
+
+
+READERS = {
+    "_METADATA": "from ckptc.storage.checkpoint.restored import open_restored; open_restored(here)",
+    "journal.0": "from ckptc.run.journal_lines import Lines; Lines(here, 0, here / 'journal.0')",
+    ".ckptc-journal": "from ckptc.storage.checkpoint.notes import read_notes; read_notes(here)",
+    "sums": "from ckptc.run.preflight import read_sums; read_sums(here / 'sums')",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_named_pipe_in_place_of_what_a_run_reads_is_refused(name: str, tmp_path: Path) -> None:
+    """In another process: what waits for the pipe is ended by the timeout."""
+    pipe(tmp_path / name)
+    program = f"from pathlib import Path; here = Path.cwd(); {READERS[name]}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "named pipe" in done.stderr
+
+
+def test_a_named_pipe_in_place_of_a_note_of_where_a_source_lies_is_no_note(tmp_path: Path) -> None:
+    (notes := tmp_path / "ckptc" / "sources").mkdir(parents=True)
+    pipe(notes / hashlib.sha256(b"digest").hexdigest())
+    program = "from ckptc.storage.source.remembered import recall; print(recall('digest'))"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "None\n"
 
 
 def test_other_things_are_told_apart(tmp_path: Path) -> None:

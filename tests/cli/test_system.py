@@ -23,6 +23,26 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=SECONDS)
 
 
+def test_memory_that_the_system_refuses_is_said_to_be_that(mapping: str, source: str) -> None:
+    """Too little for the libraries that read a checkpoint, where nothing of ours asks for much."""
+    assert shell(f"CKPTC {CONVERT}").returncode == 0
+    program = "from ckptc.cli.main import run; import resource, sys; from ckptc import api; import ckptc.cli.verify"
+    program += "; used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()"
+    program += "; resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20),) * 2); sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "verify", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1 and "error[out-of-memory]" in done.stderr, done.stderr
+
+
+def test_shared_memory_that_the_system_refuses_is_said_to_be_that(mapping: str, source: str) -> None:
+    """In a mount namespace of its own, where /dev/shm can only be read."""
+    if shell("unshare -rm mount -t tmpfs -o ro none /dev/shm").returncode:
+        pytest.skip("this system gives no mount namespaces")
+    done = shell(f"unshare -rm sh -c 'mount -t tmpfs -o ro none /dev/shm && CKPTC {CONVERT}'")
+    assert done.returncode == 1 and "error[system-refused]" in done.stderr and "/dev/shm" in done.stderr, done.stderr
+    assert not Path("out/0").exists()
+
+
 @pytest.mark.parametrize(
     "redirection", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1"]
 )

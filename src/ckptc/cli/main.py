@@ -219,12 +219,19 @@ def _failed(error: BaseException, form: str) -> int:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             help = f"allow more open files (`ulimit -n`), or use fewer --jobs; {WHERE}"
         return _refused(fail("system-refused", f"the system refused: {error}", help=help), form)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _no_memory(error):
         help = "use less --memory, or fewer --jobs"
         return _refused(fail("out-of-memory", "the system has no more memory for this command", help=help), form)
     name = type(error).__name__
     print(f"internal error: {name}: {error}\nThis is a bug in ckptc. {WHERE}.", file=sys.stderr)
     return USAGE_OR_INTERNAL
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether libraries could not be loaded, or threads not begun, for want of memory."""
+    said = str(error)
+    unmapped = "failed to map segment" in said or "annot allocate memory" in said  # dlopen's words
+    return (isinstance(error, ImportError) and unmapped) or said == "can't start new thread"
 
 
 def _handler(command: str) -> Callable[[argparse.Namespace], int | None]:

@@ -27,7 +27,7 @@ from ckptc.plan.order import forwards, written
 from ckptc.run.journal import SYNC_SECONDS, output_error
 from ckptc.run.leftovers import trained_rows, twin_differs
 from ckptc.run.memory import peak_resident_bytes, return_large_blocks
-from ckptc.run.pool import Shared, run_workers
+from ckptc.run.pool import Shared, run_workers, shared_memory
 from ckptc.run.preflight import check_room
 from ckptc.run.readers import Place, Readers, files_of
 from ckptc.run.work import Progress, worker_bytes
@@ -191,8 +191,9 @@ class _Work:
         self.jobs = max(1, min(jobs, fitting)) if can_fork() else 1
         self.read = self.again = 0
         context = mp.get_context("fork")
-        self.differ = context.Array("b", len(plan.twins), lock=False)  # whether a twin says other things
-        self.trained = context.Array("q", len(plan.padding), lock=False)  # rows of a padding
+        with shared_memory():
+            self.differ = context.Array("b", len(plan.twins), lock=False)  # whether a twin says other things
+            self.trained = context.Array("q", len(plan.padding), lock=False)  # rows of a padding
         assert isinstance(plan.layout, Safetensors)
         self._places = places(plan, plan.layout)
         self._numbers = {o.name: n for n, o in enumerate(plan.outputs)}

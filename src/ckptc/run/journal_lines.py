@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from ckptc.regular import open_file
 from ckptc.storage.checkpoint.orbax_writer import LARGE_FILE, Entry
 from ckptc.storage.formats import checksum
 
@@ -24,7 +25,8 @@ class Lines:
         self.units: list[int] = []
         self.entries: list[Entry] = []
         self.sums: defaultdict[int, int] = defaultdict(int)  # of arrays, as positions in the plan
-        first, *lines = path.read_bytes().split(b"\n")
+        with open_file(path) as journal:
+            first, *lines = journal.read().split(b"\n")
         file = first.decode("ascii", "replace")
         data = checkpoint / "items" / f"ocdbt.process_{process}" / "d" / file
         if not lines or not re.fullmatch("[0-9a-f]{32}", file):

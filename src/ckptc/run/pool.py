@@ -8,12 +8,13 @@ one said.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing as mp
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -30,16 +31,33 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def shared_memory() -> Iterator[None]:
+    """Raises `system-refused` where the system has no memory for processes to share, which Python keeps in /dev/shm."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise fail(
+            "system-refused",
+            f"the system refused memory that processes share: {error.strerror or error}",
+            help="/dev/shm must be there, writable and not full; in a container, give it one (`--shm-size`)",
+        ) from None
+
+
 class Shared:
     """Counters that all processes see: the next unit to make, and each worker's bytes written and current unit."""
 
     def __init__(self, workers: int) -> None:
+        """Raises `system-refused`."""
         context = mp.get_context("fork")
-        self._next = context.Value("q", 0)
-        self._stopped = context.Value("b", 0, lock=False)
-        self._written = context.Array("q", workers, lock=False)
-        self._read = context.Array("q", workers, lock=False)
-        self._unit = context.Array("q", workers, lock=False)
+        with shared_memory():
+            self._next = context.Value("q", 0)
+            self._stopped = context.Value("b", 0, lock=False)
+            self._written = context.Array("q", workers, lock=False)
+            self._read = context.Array("q", workers, lock=False)
+            self._unit = context.Array("q", workers, lock=False)
 
     def take(self) -> int:
         """The next number, each one once; past all units once the run has been stopped."""

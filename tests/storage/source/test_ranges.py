@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ckptc.diagnostics import InputError
 from ckptc.ir.source import SourceFile
 from ckptc.storage.source.ranges import RangeReader
 
@@ -105,6 +107,21 @@ def test_many_threads_read_right_bytes_through_few_descriptors(tmp_path: Path, f
 
     with RangeReader(tmp_path, files, max_open=2) as reader, ThreadPoolExecutor(8) as threads:
         assert sum(threads.map(work, range(8))) == reader.bytes_read
+
+
+def test_too_many_open_files_are_said_to_be_that(tmp_path: Path, files: list[SourceFile]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open(os.devnull, os.O_RDONLY)  # the lowest free number: the limit leaves none beyond it
+    try:
+        with RangeReader(tmp_path, files) as reader, pytest.raises(InputError) as caught:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 1, limits[1]))
+            read(reader, 0, 0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(taken)
+    (refused,) = caught.value.diagnostics
+    assert refused.code == "system-refused" and "Too many open files" in refused.message
+    assert refused.help is not None and "ulimit -n" in refused.help
 
 
 # -- descriptors ---------------------------------------------------------------------------------------------

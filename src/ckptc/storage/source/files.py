@@ -5,6 +5,7 @@ Shard names come from an index or a plan, which are input: only `resolve` makes 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ckptc.diagnostics import Diagnostic, InputError
+from ckptc.diagnostics import Diagnostic, InputError, fail
 
 MAX_HEADER = 100_000_000  # bytes of JSON; the limit of the safetensors reference reader
 HEADER_THREADS = 16  # files looked into at once: opening them waits, on network disks, rather than works
@@ -115,8 +116,12 @@ def _absence(path: Path) -> str:
 
 
 def unreadable(name: str, error: OSError) -> InputError:
-    """The operating system refused to open or read `name`: its words, as a `source-unreadable` to raise."""
+    """The operating system refused to open or read `name`: its words, as a `source-unreadable` to raise; `system-refused`
+    where this process has too many files open, which is no fault of the file's."""
     reason = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        help = "allow more open files (`ulimit -n`), or use fewer --jobs"
+        return fail("system-refused", f"the system refused to open {shown(name)}: {reason}", help=help)
     return refuse(
         "source-unreadable",
         f"{shown(name)} cannot be read: {reason}",

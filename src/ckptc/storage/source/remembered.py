@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckptc.diagnostics import fail
+from ckptc.regular import open_file
 
 _MAX_PATH = 1 << 16  # bytes; a longer entry is not ours
 
@@ -51,7 +52,7 @@ def recall(digest: str) -> Path | None:
     if entry is None:
         return None
     with suppress(OSError, ValueError):
-        with open(entry, "rb") as file:
+        with open_file(entry) as file:
             path = file.read(_MAX_PATH + 1)
         directory = Path(os.fsdecode(path))
         if len(path) <= _MAX_PATH and directory.is_absolute() and directory.is_dir():
