@@ -51,7 +51,7 @@ FAULTS = {
     "hub-bad-token", "hub-gated", "hub-no-commit", "hub-no-token", "hub-no-file", "hub-no-ranges", "hub-no-repository", "hub-no-revision",
     "hub-offline", "hub-refused", "hub-unreachable",
     "proof-not-converted",  # of a checkpoint that transformers makes
-    "leaf-mismatch", "tree-mismatch",  # of `ckptc.load`, which no command calls
+    "tree-mismatch",  # of `ckptc.load`, which no command calls
 }  # fmt: skip
 
 EXPECTING = {"pytest.raises", "pytest.mark.parametrize", "refused", "refusal", "raises"}
