@@ -97,7 +97,7 @@ def test_positive_refuses(text: str) -> None:
 def test_defaults() -> None:
     args = parser().parse_args(["convert", "--model", "x", "--source", "s", "--output", "o"])
     found = args.scan, args.dtype, args.multimodal, args.set, args.shards, args.memory
-    assert found == (True, "bfloat16", False, [], 16, 512 * MIB)
+    assert found == (True, "bfloat16", False, [], None, 512 * MIB)  # --shards: 16, once it is known that nobody gave it
     args = parser().parse_args(["compile", "--model", "x"])
     # The same, or with --export what `export` has: nothing is said until it is known which.
     assert (args.scan, args.dtype, args.memory, args.source) == (None, None, None, None)

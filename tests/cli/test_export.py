@@ -238,7 +238,7 @@ def test_layers_go_where_maxtext_has_them_and_come_back(ckptc: Command) -> None:
     assert ckptc("diff", original, "hf").code == 0
 
 
-@pytest.mark.parametrize("option", ["--verify", "--restart", "--check-source=auto", "--mapping=nowhere.yaml"])
+@pytest.mark.parametrize("option", ["--verify", "--check-source=auto", "--mapping=nowhere.yaml"])
 def test_options_of_conversions_are_refused_with_an_exports_plan(option: str, ckptc: Command) -> None:
     options = ("--export", "--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL)
     assert ckptc("compile", *options, "-o", "plan.json").code == 0
@@ -246,13 +246,13 @@ def test_options_of_conversions_are_refused_with_an_exports_plan(option: str, ck
     assert done.code == 1 and "error[unused-option]" in done.err and not Path("out").exists()
 
 
-@pytest.mark.parametrize("option", ["--shards=4", "--compression=zstd"])
+@pytest.mark.parametrize("option", ["--shards=4", "--shards=16", "--compression=zstd", "--compression=none"])
 def test_options_of_conversions_are_refused_when_an_export_is_compiled(option: str, ckptc: Command) -> None:
     done = ckptc("compile", "--export", "--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL, option)
     assert done.code == 1 and "error[unused-option]" in done.err
 
 
-@pytest.mark.parametrize("option", ["--config-from=.", "--max-shard-size=1GB"])
+@pytest.mark.parametrize("option", ["--config-from=.", "--max-shard-size=1GB", "--max-shard-size=5GB"])
 def test_options_of_exports_are_refused_when_a_conversion_is_compiled(option: str, ckptc: Command) -> None:
     done = ckptc("compile", "--model", MODEL, option)
     assert done.code == 1 and "error[unused-option]" in done.err
@@ -263,3 +263,32 @@ def test_an_option_of_exports_is_refused_with_a_conversions_plan(ckptc: Command,
     assert ckptc(*compiling, "-o", "plan.json").code == 0
     done = ckptc("run", "plan.json", "--output", "out", "--config-from", ".")
     assert done.code == 1 and "error[unused-option]" in done.err and not Path("out").exists()
+
+
+def test_a_restart_is_taken_with_an_exports_plan(ckptc: Command) -> None:
+    options = ("--export", "--model", MODEL, "--source", SAVED, "--config-from", ORIGINAL)
+    assert ckptc("compile", *options, "-o", "plan.json").code == 0
+    assert ckptc("run", "plan.json", "--output", "out", "--config-from", ORIGINAL, "--restart", "--quiet").code == 0
+    assert ckptc("diff", "out", ORIGINAL).code == 0
+
+
+def test_a_mapping_to_verify_with_is_refused_without_verify(ckptc: Command, mapping: str, source: str) -> None:
+    assert ckptc("compile", "--mapping", mapping, "--model", "tiny", "--source", source, "-o", "plan.json").code == 0
+    done = ckptc("run", "plan.json", "--output", "out", "--mapping", mapping)
+    assert done.code == 1 and "error[unused-option]" in done.err and not Path("out").exists()
+    assert ckptc("run", "plan.json", "--output", "out", "--mapping", mapping, "--verify").code == 0
+
+
+@pytest.mark.parametrize("axis", ["0", "1"])
+def test_an_axis_of_stacked_layers_is_refused_where_none_are_stacked(
+    axis: str, ckptc: Command, mapping: str, source: str
+) -> None:
+    compiling = ("compile", "--mapping", mapping, "--model", "tiny", "--source", source, "--param-scan-axis", axis)
+    assert ckptc(*compiling).code == 0
+    done = ckptc(*compiling, "--no-scan")
+    assert done.code == 1 and "error[unused-option]" in done.err
+
+
+def test_what_nobody_has_given_is_the_default(ckptc: Command, mapping: str, source: str) -> None:
+    compiling = ("compile", "--mapping", mapping, "--model", "tiny", "--source", source, "--dump-plan")
+    assert ckptc(*compiling).out == ckptc(*compiling, "--shards", "16", "--compression", "none").out

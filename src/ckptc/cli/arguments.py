@@ -57,7 +57,6 @@ def compilation(parser: argparse.ArgumentParser, source: str = "the numbers ship
     )
     scan_axis(
         parser,
-        default=1,
         help="the axis of an array that stacked layers are, as MaxText's param_scan_axis (default: 1)",
     )
     parser.add_argument(
@@ -87,7 +86,6 @@ def compilation(parser: argparse.ArgumentParser, source: str = "the numbers ship
     split.add_argument(
         "--shards",
         type=positive,
-        default=16,
         metavar="N",
         help="storage shards of each array, along the first axis they divide, else the second (default: 16)",
     )
@@ -107,7 +105,6 @@ def compilation(parser: argparse.ArgumentParser, source: str = "the numbers ship
     parser.add_argument(
         "--compression",
         type=compression,
-        default="none",
         metavar="none|zstd[:LEVEL]|blosc-lz4",
         help="of stored chunks (default: none, the fastest). Of bfloat16 weights blosc-lz4 saves 24%% of the bytes for "
         "some 1 CPU second per GB, zstd 22%% for some 3; half of that again in each restore. Weights in 8 bits hardly "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptc import api
 from ckptc.cli import export, processes, render
 from ckptc.cli.progress import show_progress
-from ckptc.cli.unused import refuse_unused
+from ckptc.cli.unused import refuse_scan_axis, refuse_unused
 from ckptc.compile.compiler import compile_unproved
 from ckptc.compile.options import Options
 from ckptc.diagnostics import fail
@@ -147,6 +147,7 @@ def _compile(args: argparse.Namespace, source: Source | None) -> Plan:
         if isinstance(found, Repository):
             _say_source(args, found)
 
+    refuse_scan_axis(args)
     return api.compile(
         args.model,
         source,
@@ -155,10 +156,10 @@ def _compile(args: argparse.Namespace, source: Source | None) -> Plan:
         dtype=args.dtype or "bfloat16",
         multimodal=args.multimodal,
         set=dict(args.set),
-        shards=args.shards,
+        shards=args.shards or 16,
         mesh=args.mesh,
         rules=args.rules,
-        compression=args.compression,
+        compression=args.compression or "none",
         memory=args.memory,
         link=args.link,
         scan_axis=1 if args.param_scan_axis is None else args.param_scan_axis,

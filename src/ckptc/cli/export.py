@@ -122,7 +122,6 @@ def _original(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         type=arguments.size,
-        default=5 * 10**9,
         metavar="SIZE",
         help="bytes of tensors in a file at most, unless one tensor is larger (default: 5GB)",
     )
@@ -142,6 +141,8 @@ def compilation_too(parser: argparse.ArgumentParser) -> None:
 
 def compiled(args: argparse.Namespace, compilation: ExportCompilation) -> Plan:
     """The plan of an export, from the options of `export` or of `compile --export`."""
+    from ckptc.api.compilation import SHARD
+
     return compilation.plan(
         args.model,
         mapping=args.mapping,
@@ -153,7 +154,7 @@ def compiled(args: argparse.Namespace, compilation: ExportCompilation) -> Plan:
         set=dict(args.set),
         scan_axis=args.param_scan_axis,
         memory=args.memory,
-        max_shard_size=args.max_shard_size,
+        max_shard_size=args.max_shard_size or SHARD,
         on_step=lambda said: render.say_step(Path(args.source), said),
     )
 
